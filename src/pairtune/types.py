@@ -1,0 +1,110 @@
+"""The frozen data that flows through a step.
+
+Axes: P prompts, K completions of each, S prompt tokens, T completion tokens. A mask is boolean and named for what True
+keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Prompt = str | list[dict[str, Any]]
+"""A prompt as its dataset gave it: plain text, or a conversation of `{"role", "content"}` turns."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, tokenised once."""
+
+    ids: Tensor
+    """(P, S) int64, left-padded."""
+    mask: Tensor
+    """(P, S) bool, True on prompt tokens."""
+    rows: Tensor
+    """(P,) int64, the row of each prompt in its dataset; seeds the sampling of its completions."""
+    prompts: list[Prompt]
+    """The P prompts as the dataset gave them; reward functions receive these."""
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    """The other columns of the dataset, P values each; reward functions receive these too."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Completions:
+    """K sampled completions of each of P prompts, as token ids. Nothing here is ever tokenised again."""
+
+    prompt_ids: Tensor
+    """(P, S) int64, left-padded."""
+    prompt_mask: Tensor
+    """(P, S) bool."""
+    completion_ids: Tensor
+    """(P, K, T) int64, right-padded; the sampled ids, EOS kept."""
+    completion_mask: Tensor
+    """(P, K, T) bool, True on sampled tokens, EOS included."""
+    sampler_logprobs: Tensor
+    """(P, K, T) float32, nats, under the law that sampled (temperature, top-p, top-k); 0 where masked."""
+    truncated: Tensor
+    """(P, K) bool, True where the length cap ended the completion, not EOS or a stop string."""
+    policy_version: int
+    """The number of optimizer updates that the sampling weights had seen."""
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """(P, K) int64, tokens of each completion, EOS included."""
+        return self.completion_mask.sum(-1)
+
+    def select(self, prompts: Tensor) -> Completions:
+        """The completions of some of the prompts, at the same width. prompts: (p,) int64."""
+        return Completions(
+            prompt_ids=self.prompt_ids[prompts],
+            prompt_mask=self.prompt_mask[prompts],
+            completion_ids=self.completion_ids[prompts],
+            completion_mask=self.completion_mask[prompts],
+            sampler_logprobs=self.sampler_logprobs[prompts],
+            truncated=self.truncated[prompts],
+            policy_version=self.policy_version,
+        )
+
+
+@dataclass(frozen=True)
+class Experience:
+    """All that a loss may read."""
+
+    completions: Completions
+    rewards: Tensor
+    """(P, K) float32, feedback as given, before any KL term; 0 where `reward_mask` is False."""
+    reward_mask: Tensor
+    """(P, K) bool, True where the feedback counts (a reward function may answer None: does not count)."""
+    ref_logprobs: Tensor
+    """(P, K, T) float32, nats, under the reference; 0 where masked."""
+    old_logprobs: Tensor | None = None
+    """(P, K, T) float32, nats, the trainer's own under the weights that sampled; 0 where masked.
+
+    None until known: where the whole batch is one minibatch, the first pass computes them anyway."""
+
+    def select(self, prompts: Tensor) -> Experience:
+        """The experience of some of the prompts. prompts: (p,) int64."""
+        return Experience(
+            completions=self.completions.select(prompts),
+            rewards=self.rewards[prompts],
+            reward_mask=self.reward_mask[prompts],
+            ref_logprobs=self.ref_logprobs[prompts],
+            old_logprobs=None if self.old_logprobs is None else self.old_logprobs[prompts],
+        )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What an algorithm's loss returns for a micro-batch."""
+
+    losses: Tensor
+    """(n,) unreduced: one per prompt, per completion or per token, to be minimised."""
+    mask: Tensor
+    """(n,) bool, True counts in the denominator."""
+    metrics: dict[str, Tensor]
+    """name -> (n,) float values over the same elements, averaged over the same mask; to log, never read by code."""
