@@ -1,0 +1,401 @@
+"""Loading the policy and its reference, and the float32 master weights behind the policy.
+
+The policy *is* what the compute precision computes: one module in that precision samples, scores and is differentiated,
+and the reference is a copy in the same precision (or the same module with its adapter off). Where that precision is
+below float32, every trained parameter has a float32 master that the optimizer moves and that is rounded into the module
+after each update.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pairtune.errors import PairtuneError
+from pairtune.models.logprobs import (
+    Scorer,
+    _shallow_copy,
+    body,
+    can_share_prefix,
+    can_split,
+    causal_lm,
+    check_head,
+)
+from pairtune.models.weights import resolve_model
+
+
+class MasterWeights:
+    """float32 masters of the trained parameters, their gradients, and the way back into the module.
+
+    A parameter that is float32 (or float64) already is its own master.
+    """
+
+    def __init__(self, named_parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
+        self.names = [name for name, _ in named_parameters]
+        self.parameters = [parameter for _, parameter in named_parameters]
+        self.masters = [_master_of(parameter) for parameter in self.parameters]
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.register_post_accumulate_grad_hook(_accumulate_into(master))
+
+    def gradients(self) -> list[Tensor]:
+        """The masters' gradients; zeros for a parameter that the loss did not reach."""
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self.masters if master.grad is not None]
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters into the module that computes."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    @torch.no_grad()
+    def load(self, masters: dict[str, Tensor]) -> None:
+        """Put back saved masters, by parameter name."""
+        for name, master in zip(self.names, self.masters, strict=True):
+            master.copy_(masters[name])
+        self.publish()
+
+
+def _master_of(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype in (torch.float32, torch.float64):
+        return parameter
+    return parameter.detach().float().requires_grad_(True)
+
+
+def _accumulate_into(master: Tensor) -> Any:
+    """A hook that adds each micro-batch's gradient to the master's in float32, so that cutting a batch costs no
+    precision."""
+
+    def hook(parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+@dataclass
+class LoadedPolicy:
+    """A policy, its reference and what is needed to run them."""
+
+    model: Any
+    tokenizer: Any
+    scorer: Scorer
+    reference: Scorer
+    masters: MasterWeights
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    device: torch.device
+    dtype: torch.dtype
+    notes: list[str] = field(default_factory=list)
+    """What was found out while loading, for the user to read."""
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise PairtuneError(f"device: {name!r} is no device that torch knows; use auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PairtuneError(f"device: {name!r} was asked for, but torch sees no GPU; use device: cpu or auto.")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The compute precision and one sentence on why. `auto` on a CPU is decided by timing one matrix product in
+    both."""
+    if name != "auto":
+        return getattr(torch, name), f"computing in {name}, as asked"
+    if device.type == "cuda":
+        chosen = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return getattr(torch, chosen), f"computing in {chosen} on the GPU"
+    rates = {dtype: _matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    chosen_dtype = torch.bfloat16 if rates[torch.bfloat16] > 1.5 * rates[torch.float32] else torch.float32
+    measured = ", ".join(
+        f"{str(dtype).removeprefix('torch.')} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()
+    )
+    return chosen_dtype, f"computing in {str(chosen_dtype).removeprefix('torch.')} on the CPU (measured: {measured})"
+
+
+def _matmul_rate(dtype: torch.dtype, size: tuple[int, int, int] = (256, 1024, 512)) -> float:
+    """Floating-point operations a second of one matrix product; a few milliseconds of measurement."""
+    rows, inner, columns = size
+    a, b = torch.ones(rows, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
+    nn.functional.linear(a, b)
+    best = min(_seconds(lambda: nn.functional.linear(a, b)) for _ in range(3))
+    return 2 * rows * inner * columns / best
+
+
+def _seconds(call: Any) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model; a missing pad token is stood in for by EOS, which is safe because masks say what is
+    real."""
+    from transformers import AutoTokenizer
+
+    with _loading(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise PairtuneError(
+            f"model: the tokenizer of {name!r} has neither a pad nor an EOS token; give it one and save it."
+        )
+    return tokenizer
+
+
+def load_causal_lm(
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn_implementation: str = "sdpa",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal language model in the compute precision, without dropout. A folder with a LoRA adapter is merged into
+    its base."""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(name)
+    with _loading(name, "model"):
+        if os.path.isfile(os.path.join(path, "adapter_config.json")):
+            from peft import AutoPeftModelForCausalLM
+
+            model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+            )
+    return disable_dropout(model).to(device).eval()
+
+
+class _loading:
+    """Turns the many errors of a missing or unreadable model into one sentence."""
+
+    def __init__(self, name: str, what: str) -> None:
+        self.name, self.what = name, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+        if isinstance(error, (OSError, KeyError, ValueError)) and not isinstance(error, PairtuneError):
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise PairtuneError(
+                f"model: the {self.what} of {self.name!r} could not be loaded ({first.strip()[:200]}); give a hub id "
+                "that this machine can reach, a local folder saved by save_pretrained, or smollm2-135m-instruct-q4."
+            ) from error
+
+
+def disable_dropout(model: Any) -> Any:
+    """Dropout off in every pass, training included: a ratio of two passes must not measure noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+    return model
+
+
+def eos_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends a completion: the model's generation config may name several, the tokenizer names one."""
+    declared = getattr(causal_lm(model), "generation_config", None)
+    ids = getattr(declared, "eos_token_id", None)
+    several = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+    found = {int(i) for i in [*several, tokenizer.eos_token_id] if i is not None}
+    if not found:
+        raise PairtuneError(
+            "model: neither tokenizer nor generation config names an EOS token, so no completion could end."
+        )
+    return tuple(sorted(found))
+
+
+def load_policy(
+    name: str | Any,
+    *,
+    tokenizer: Any = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str = "sdpa",
+    trainable_layers: int | None = None,
+    lora_r: int | None = None,
+    lora_alpha: int = 32,
+    lora_target_modules: str | list[str] = "all-linear",
+    gradient_checkpointing: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedPolicy:
+    """Load a policy and its reference, ready to sample, score and train.
+
+    `name` is a hub id, a local folder, a name that `pairtune.models.weights` knows, or a model already in memory (then
+    `tokenizer` is required). What is trained: everything, the last `trainable_layers` decoder layers with the final
+    norm, or a LoRA adapter of rank `lora_r`. The reference is a frozen copy of what is trained and shares the rest.
+    """
+    torch_device = choose_device(device)
+    notes = []
+    if isinstance(name, str):
+        torch_dtype, why = choose_dtype(dtype, torch_device)
+        notes.append(why)
+        tokenizer = tokenizer or load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+        model = load_causal_lm(
+            name,
+            dtype=torch_dtype,
+            device=torch_device,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    else:
+        if tokenizer is None:
+            raise PairtuneError("model: a model passed in memory needs its tokenizer too; pass tokenizer=....")
+        model = disable_dropout(name).to(torch_device).eval()
+        torch_dtype = next(model.parameters()).dtype
+    if not check_head(model):
+        raise PairtuneError(
+            f"model: {causal_lm(model).config.model_type!r} does more to its logits than a linear head (a soft cap or "
+            "a scale), which pairtune does not compute; choose another model."
+        )
+    shared = can_share_prefix(model)
+    notes.append(
+        "prompts are encoded once for all their completions"
+        if shared
+        else "this architecture takes one row a completion"
+    )
+
+    if lora_r is not None:
+        model, scorer, reference = _with_adapter(model, shared, lora_r, lora_alpha, lora_target_modules)
+    elif trainable_layers is not None:
+        scorer, reference = _top_layers(model, shared, trainable_layers)
+    else:
+        model.requires_grad_(True)
+        scorer = Scorer(model, shared=shared)
+        reference = Scorer(frozen_copy(model), shared=shared)
+    if gradient_checkpointing:
+        causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+        if lora_r is not None:
+            causal_lm(model).enable_input_require_grads()
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    total = sum(p.numel() for p in model.parameters())
+    notes.append(f"training {sum(p.numel() for _, p in trained) / 1e6:.1f}M of {total / 1e6:.1f}M parameters")
+    return LoadedPolicy(
+        model=model,
+        tokenizer=tokenizer,
+        scorer=scorer,
+        reference=reference,
+        masters=MasterWeights(trained),
+        eos_token_ids=eos_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        device=torch_device,
+        dtype=torch_dtype,
+        notes=notes,
+    )
+
+
+def frozen_copy(model: Any) -> Any:
+    """A copy that nobody trains, for the reference.
+
+    A float32 copy whose weights are bfloat16 values (most checkpoints are) is kept in bfloat16, and each module's
+    weights are widened only while it runs: half the memory, and the same arithmetic to the last bit.
+    """
+    twin = copy.deepcopy(model).requires_grad_(False)
+    parameters = list(twin.parameters())
+    if all(p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float()) for p in parameters):
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
+        for module in twin.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(lambda _, __, looked_up: looked_up.float())
+            elif any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(_widen)
+                module.register_forward_hook(_narrow)
+    return twin
+
+
+def _widen(module: nn.Module, _: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.float()
+
+
+def _narrow(module: nn.Module, _: Any, __: Any) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.data = parameter.data.bfloat16()
+
+
+def _top_layers(model: Any, shared: bool, trainable_layers: int) -> tuple[Scorer, Scorer]:
+    """Train the last layers only; the reference shares everything below them, so the trunk runs once for both."""
+    decoder = body(model)
+    layers = getattr(decoder, "layers", getattr(decoder, "h", None))
+    if layers is None:
+        raise PairtuneError(
+            f"trainable_layers: {causal_lm(model).config.model_type!r} keeps its decoder layers under no name that "
+            "pairtune knows (layers, h); train all weights, or use lora_r."
+        )
+    if not 1 <= trainable_layers <= len(layers):
+        raise PairtuneError(
+            f"trainable_layers: {trainable_layers} is out of range, this model has {len(layers)} decoder layers; "
+            f"give a number from 1 to {len(layers)}."
+        )
+    model.requires_grad_(False)
+    layers[-trainable_layers:].requires_grad_(True)
+    norm = getattr(decoder, "norm", getattr(decoder, "ln_f", None))
+    if norm is not None:
+        norm.requires_grad_(True)
+    if not can_split(model, trainable_layers):
+        return Scorer(model, shared=shared), Scorer(frozen_copy(model), shared=shared)
+    scorer = Scorer(model, shared=shared, num_top_layers=trainable_layers)
+    frozen = _shallow_copy(
+        scorer.top,
+        layers=copy.deepcopy(scorer.top.layers).requires_grad_(False),
+        norm=copy.deepcopy(scorer.top.norm).requires_grad_(False),
+    )
+    return scorer, scorer.with_top(frozen)
+
+
+def _with_adapter(
+    model: Any, shared: bool, rank: int, alpha: int, target_modules: str | list[str]
+) -> tuple[Any, Scorer, Scorer]:
+    """Train a LoRA adapter; the reference is the same module with the adapter switched off."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
+    try:
+        # In the compute precision like everything else: the masters keep float32.
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False).eval()
+    except ValueError as error:
+        raise PairtuneError(f"lora_target_modules: {target_modules!r} does not fit this model ({error}).") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(next(model.parameters()).dtype)
+    return adapted, Scorer(adapted, shared=shared), Scorer(adapted, shared=shared, context=adapted.disable_adapter)

@@ -1,0 +1,513 @@
+"""Log-probabilities of sampled completions, without waste.
+
+A `Layout` says where every token of a batch stands in the rows of a forward pass. In the prefix-shared layout a row
+holds a prompt once and its K completions behind it, each blind to the others, positions restarted after the prompt;
+where an architecture does not allow that, a row holds one prompt and one completion. Either way padding is squeezed out
+of the middle of a row, and the width is that of the whole batch, so that however the batch is cut into micro-batches
+the same arithmetic is done.
+
+A `Scorer` turns a layout into log-probabilities. The vocabulary is met in chunks of tokens: no tensor of all tokens by
+the whole vocabulary is ever kept, in the forward pass or in the backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pairtune.maths.kl import entropy, rao_blackwellised_kl
+from pairtune.models.sampler import truncate_logits
+from pairtune.types import Completions
+
+CPU_CHUNK_BYTES = 32 * 2**20
+GPU_CHUNK_BYTES = 512 * 2**20
+"""Bytes of float32 logits in one chunk of tokens: large enough for matrix products at full rate, small beside the
+model."""
+
+
+# --------------------------------------------------------------------------------------------------------------- layout
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of P prompts and their K completions stand in R rows of width W (R = P shared, R = P*K
+    plain)."""
+
+    input_ids: Tensor
+    """(R, W) int64, real tokens first."""
+    position_ids: Tensor
+    """(R, W) int64; a completion's positions follow its prompt's."""
+    segments: Tensor
+    """(R, W) int64: -1 padding, 0 the prompt, k the k-th completion of the row (from 1)."""
+    source: Tensor
+    """(P, K, T) int64, the column whose hidden state predicts completion token t."""
+    targets: Tensor
+    """(P, K, T) int64, the completion tokens themselves."""
+    mask: Tensor
+    """(P, K, T) bool, True on completion tokens."""
+    shared: bool
+    """Whether the K completions of a prompt share its row."""
+
+    def select(self, prompts: Tensor) -> Layout:
+        """The layout of some of the prompts, at the same width. prompts: (p,) int64."""
+        rows = prompts
+        if not self.shared:
+            num_generations = self.mask.shape[1]
+            rows = (prompts[:, None] * num_generations + torch.arange(num_generations, device=prompts.device)).flatten()
+        return Layout(
+            self.input_ids[rows],
+            self.position_ids[rows],
+            self.segments[rows],
+            self.source[prompts],
+            self.targets[prompts],
+            self.mask[prompts],
+            self.shared,
+        )
+
+    def rows(self, prompts: Tensor, features: Tensor) -> Tensor:
+        """The rows of `features` (R, W, H) that belong to `prompts` (p,)."""
+        return features.unflatten(0, (self.mask.shape[0], -1))[prompts].flatten(0, 1)
+
+    def attention_mask(self) -> Tensor:
+        """What the model is told: (R, 1, W, W) bool for a shared layout, True where a query may look; (R, W) for a
+        plain one."""
+        if not self.shared:
+            return self.segments >= 0
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
+        width = self.segments.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.segments.device).tril()
+        visible = ((key == 0) | (key == query)) & causal & (key >= 0)
+        # A padding token looks at itself: a softmax over nothing would be NaN.
+        visible |= torch.eye(width, dtype=torch.bool, device=visible.device)
+        return visible[:, None]
+
+    def hidden_rows(self) -> Tensor:
+        """(n,) the row of the hidden state that predicts each of the n real completion tokens."""
+        num_prompts, num_generations, _ = self.mask.shape
+        rows = torch.arange(num_prompts * (1 if self.shared else num_generations), device=self.mask.device)
+        rows = rows[:, None].expand(-1, num_generations) if self.shared else rows.view(num_prompts, num_generations)
+        return rows[:, :, None].expand_as(self.mask)[self.mask]
+
+
+def make_layout(completions: Completions, *, shared: bool) -> Layout:
+    """The layout of a batch of completions: prompt once with its K completions behind it (shared), or one row for
+    each."""
+    prompt_ids, prompt_mask = completions.prompt_ids, completions.prompt_mask
+    completion_ids, completion_mask = completions.completion_ids, completions.completion_mask
+    num_prompts, num_generations, length = completion_ids.shape
+    if not shared:
+        prompt_ids = prompt_ids.repeat_interleave(num_generations, 0)
+        prompt_mask = prompt_mask.repeat_interleave(num_generations, 0)
+        completion_ids, completion_mask = completion_ids.flatten(0, 1)[:, None], completion_mask.flatten(0, 1)[:, None]
+    num_rows, per_row, _ = completion_ids.shape
+    prompt_width = prompt_ids.shape[1]
+
+    device = prompt_ids.device
+    ids = torch.cat([prompt_ids, completion_ids.flatten(1)], 1)
+    real = torch.cat([prompt_mask, completion_mask.flatten(1)], 1)
+    prompt_length = prompt_mask.sum(1)
+    within_completion = prompt_length[:, None, None] + torch.arange(length, device=device)
+    positions = torch.cat(
+        [(prompt_mask.cumsum(1) - 1).clamp(min=0), within_completion.expand(num_rows, per_row, length).flatten(1)], 1
+    )
+    segments = torch.cat(
+        [
+            torch.zeros_like(prompt_ids),
+            torch.arange(1, per_row + 1, device=device).repeat_interleave(length).expand(num_rows, -1),
+        ],
+        1,
+    )
+
+    # A stable sort of "is padding" moves real tokens to the front and keeps their order: every row at once.
+    order = (~real).to(torch.int8).argsort(dim=1, stable=True)
+    width = int(real.sum(1).max())
+    kept = order[:, :width]
+    still_real = real.gather(1, kept)
+    column_of = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=device).expand_as(order))
+
+    # Token t of a completion is predicted at token t - 1, its first token at the last token of the prompt.
+    before = prompt_width - 1 + torch.arange(per_row * length, device=device).view(per_row, length)
+    before[:, 0] = prompt_width - 1
+    source = column_of[:, before.flatten()].view(num_prompts, num_generations, length)
+    return Layout(
+        input_ids=ids.gather(1, kept),
+        position_ids=positions.gather(1, kept).masked_fill(~still_real, 0),
+        segments=segments.gather(1, kept).masked_fill(~still_real, -1),
+        source=source.clamp(max=width - 1),
+        targets=completions.completion_ids,
+        mask=completions.completion_mask,
+        shared=shared,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- vocabulary chunks
+
+
+def chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """How many tokens meet the vocabulary at once."""
+    budget = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    return max(16, budget // (4 * vocab_size))
+
+
+def _chunks(num_tokens: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """(n, V) float32 logits (float64 where the model is), as the compute precision gives them."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[target] for every token, one chunk of tokens at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        hidden_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
+        ctx.head_trained = weight_grad or bias_grad
+        accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
+        entropies = torch.zeros_like(logprobs)
+        # With a frozen head the derivative by the hidden state does not depend on anything that comes later: it is
+        # formed here, while the chunk's softmax is at hand, and the backward pass needs no product with the vocabulary
+        # at all.
+        jacobian = torch.empty_like(hidden) if hidden_grad and not ctx.head_trained else None
+        normaliser = torch.empty_like(logprobs)
+        for rows in _chunks(len(targets), chunk):
+            logits = _chunk_logits(hidden[rows], weight, bias, temperature)
+            picked = logits.gather(1, targets[rows, None]).squeeze(1)
+            top = logits.amax(1, keepdim=True)
+            if with_entropy:
+                shifted = logits.sub_(top)
+                probs = shifted.exp()
+                mass = probs.sum(1)
+                # sum_v p_v * shifted_v as one batched dot product: no third tensor of the chunk's size.
+                mean = torch.bmm(probs[:, None], shifted[:, :, None]).view(-1) / mass
+                entropies[rows] = mass.log() - mean
+            else:
+                probs = logits.sub_(top).exp_()
+                mass = probs.sum(1)
+            normaliser[rows] = mass.log() + top.squeeze(1)
+            logprobs[rows] = picked - normaliser[rows]
+            if jacobian is not None:
+                expected = torch.mm(probs.div_(mass[:, None]).to(weight.dtype), weight)
+                jacobian[rows] = torch.sub(weight[targets[rows]], expected).div_(temperature)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        if jacobian is not None:
+            ctx.save_for_backward(jacobian)
+        elif hidden_grad or ctx.head_trained:
+            ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
+        ctx.mark_non_differentiable(entropies)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.head_trained:
+            (jacobian,) = ctx.saved_tensors
+            return jacobian * grad[:, None].to(jacobian.dtype), None, None, None, None, None, None
+        hidden, weight, bias, targets, normaliser = ctx.saved_tensors
+        hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        bias_grad = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
+        for rows in _chunks(len(targets), ctx.chunk):
+            logits = _chunk_logits(hidden[rows], weight, bias, ctx.temperature)
+            scale = grad[rows, None] / ctx.temperature
+            logits_grad = logits.sub_(normaliser[rows, None]).exp_().mul_(-scale)
+            logits_grad.scatter_add_(1, targets[rows, None], scale.to(logits_grad.dtype))
+            logits_grad = logits_grad.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(logits_grad, weight, out=hidden_grad[rows])
+            if weight_grad is not None:
+                weight_grad.addmm_(logits_grad.T, hidden[rows])
+            if bias_grad is not None:
+                bias_grad.add_(logits_grad.sum(0))
+        return hidden_grad, weight_grad, bias_grad, None, None, None, None
+
+
+def chunked_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of tokens under a linear head, without ever holding all tokens by the whole vocabulary.
+
+    hidden (n, H), weight (V, H), targets (n,) int64, bias (V,) or None -> log-probabilities (n,) in nats,
+    differentiable by hidden, weight and bias, and entropies (n,) in nats, not differentiable (zeros unless
+    `with_entropy`). float32, or float64 where `hidden` is. `chunk` tokens meet the vocabulary at a time; logits are
+    divided by `temperature`.
+
+    The memory above the inputs is that of one or two chunks of logits, and of the head's own gradient, which is
+    accumulated in place.
+    """
+    if chunk is None:
+        chunk = chunk_tokens(weight.shape[0], weight.device)
+    return _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk, with_entropy)
+
+
+# --------------------------------------------------------------------------------------------------------------- scorer
+
+
+class Scorer:
+    """Scores completions under a causal language model: the one place where policy, old policy and reference are
+    evaluated.
+
+    `num_top_layers` splits the decoder: what lies below is the trunk, frozen and shared with the reference, computed
+    once a batch by `features` and reused by every pass over it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        shared: bool,
+        num_top_layers: int | None = None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model = model
+        self.shared = shared
+        self.context = context
+        self.trunk: Any = None
+        self.top: Any = body(model)
+        if num_top_layers is not None and num_top_layers < len(self.top.layers):
+            self.trunk, self.top = split_body(self.top, num_top_layers)
+        self.head = causal_lm(model).get_output_embeddings()
+
+    def with_top(self, model: Any) -> Scorer:
+        """The scorer of another model whose trunk is this one's: `model` holds a copy of the top layers only."""
+        other = copy.copy(self)
+        other.top = model
+        return other
+
+    def layout(self, completions: Completions) -> Layout:
+        return make_layout(completions, shared=self.shared)
+
+    @torch.no_grad()
+    def features(self, layout: Layout) -> Tensor | None:
+        """(R, W, H) what the frozen trunk makes of every token, or None where the whole model is trained."""
+        if self.trunk is None:
+            return None
+        return _run(self.trunk, layout, {"input_ids": layout.input_ids})
+
+    def hidden(self, layout: Layout, features: Tensor | None = None) -> Tensor:
+        """(n, H) the final hidden states that predict the layout's n real completion tokens."""
+        if self.trunk is not None and features is None:
+            features = self.features(layout)
+        inputs = {"input_ids": layout.input_ids} if features is None else {"inputs_embeds": features}
+        with self.context():
+            states = _run(self.top, layout, inputs)
+        return states[layout.hidden_rows(), layout.source[layout.mask]]
+
+    def head_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The vocabulary head's weight and bias in the precision of the hidden states (a reference may store them in
+        less)."""
+        weight, bias = self.head.weight, self.head.bias
+        return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def logprobs(
+        self, layout: Layout, features: Tensor | None = None, *, temperature: float = 1.0, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (zeros unless asked for) of all completion tokens.
+
+        Both (P, K, T) float32, nats, 0 where masked; the log-probabilities are differentiable where the model is
+        trained.
+        """
+        hidden = self.hidden(layout, features)
+        weight, bias = self.head_weights(hidden.dtype)
+        logprobs, entropies = chunked_logprobs(
+            hidden,
+            weight,
+            layout.targets[layout.mask],
+            bias=bias,
+            temperature=temperature,
+            with_entropy=with_entropy,
+        )
+        empty = torch.zeros(layout.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
+        return empty.masked_scatter(layout.mask, logprobs), empty.masked_scatter(layout.mask, entropies)
+
+
+def _run(module: Any, layout: Layout, inputs: dict[str, Tensor]) -> Tensor:
+    mask = layout.attention_mask()
+    if layout.shared and module.config._attn_implementation == "eager":
+        # Eager attention adds its mask to the scores; the others take a boolean one.
+        dtype = next(module.parameters()).dtype
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return module(
+        **inputs, attention_mask=mask, position_ids=layout.position_ids, use_cache=False, return_dict=True
+    ).last_hidden_state
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What two policies make of the same completions, every field (P, K, T) float32 nats, 0 where masked."""
+
+    policy_logprobs: Tensor
+    """Of the sampled tokens, under the law that samples (temperature, top-p, top-k)."""
+    ref_logprobs: Tensor
+    """Of the sampled tokens, under the reference at the same temperature, not truncated."""
+    kl: Tensor
+    """sum_v p(v) log(p(v) / ref(v)) over the whole vocabulary at each token: the Rao-Blackwellised term."""
+    entropy: Tensor
+
+
+@torch.no_grad()
+def divergence(
+    policy: Scorer,
+    reference: Scorer,
+    layout: Layout,
+    features: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+) -> Divergence:
+    """Compare the law that samples with the reference along sampled completions, in chunks of tokens by the whole
+    vocabulary."""
+    hidden, ref_hidden = policy.hidden(layout, features), reference.hidden(layout, features)
+    head, ref_head = policy.head_weights(hidden.dtype), reference.head_weights(hidden.dtype)
+    targets = layout.targets[layout.mask]
+    columns: list[list[Tensor]] = [[], [], [], []]
+    for rows in _chunks(len(targets), chunk_tokens(head[0].shape[0], hidden.device)):
+        logits = _chunk_logits(hidden[rows], *head, temperature)
+        law = truncate_logits(logits, top_p=top_p, top_k=top_k).log_softmax(-1)
+        ref = _chunk_logits(ref_hidden[rows], *ref_head, temperature).log_softmax(-1)
+        picked = targets[rows, None]
+        parts = (law.gather(1, picked)[:, 0], ref.gather(1, picked)[:, 0], rao_blackwellised_kl(law, ref), entropy(law))
+        for column, part in zip(columns, parts, strict=True):
+            column.append(part)
+    empty = torch.zeros(layout.mask.shape, device=hidden.device)
+    return Divergence(*(empty.masked_scatter(layout.mask, torch.cat(column).float()) for column in columns))
+
+
+# ------------------------------------------------------------------------------------------ what an architecture allows
+
+
+def causal_lm(model: Any) -> Any:
+    """The language model itself, out of its peft wrapper if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def body(model: Any) -> Any:
+    """The decoder without its vocabulary head."""
+    return causal_lm(model).base_model
+
+
+def split_body(decoder: Any, num_top_layers: int) -> tuple[Any, Any]:
+    """(trunk, top): the decoder cut in two that share its parameters; the top takes the trunk's output as
+    `inputs_embeds`."""
+    layers = list(decoder.layers)
+    trunk = _shallow_copy(decoder, layers=nn.ModuleList(layers[:-num_top_layers]), norm=nn.Identity())
+    top = _shallow_copy(decoder, layers=nn.ModuleList(layers[-num_top_layers:]))
+    return trunk, top
+
+
+def _shallow_copy(module: Any, **replaced: nn.Module) -> Any:
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **replaced}
+    return twin
+
+
+@torch.no_grad()
+def can_split(model: Any, num_top_layers: int) -> bool:
+    """Whether trunk and top, one after the other, give exactly what the whole decoder gives (they do not where
+    embeddings are scaled or positions added on the way in)."""
+    decoder = body(model)
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "norm") or num_top_layers >= len(decoder.layers):
+        return False
+    trunk, top = split_body(decoder, num_top_layers)
+    ids = _probe_ids(decoder, (2, 6))
+    between = trunk(input_ids=ids, use_cache=False).last_hidden_state
+    whole = decoder(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.equal(top(inputs_embeds=between, use_cache=False).last_hidden_state, whole)
+
+
+@torch.no_grad()
+def can_share_prefix(model: Any) -> bool:
+    """Whether a prompt may stand once before its K completions.
+
+    Found out on the model itself: the shared layout must give the hidden states that plain rows give, and a completion
+    must not change when its neighbour does. Sliding windows count columns, not positions, so they are left to plain
+    rows.
+    """
+    config = causal_lm(model).config
+    kinds = getattr(config, "layer_types", None) or []
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if any(kind != "full_attention" for kind in kinds) or (windowed and not kinds):
+        return False
+    decoder = body(model)
+    ids = _probe_ids(decoder, (2, 12))
+    prompt, completions = ids[:, :4], ids[:, 4:].view(2, 2, 4)
+    real = torch.ones_like(prompt, dtype=torch.bool)
+    real[0, 0] = False
+
+    def states(completion_ids: Tensor, shared: bool) -> Any:
+        sampled = Completions(
+            prompt,
+            real,
+            completion_ids,
+            torch.ones_like(completion_ids, dtype=torch.bool),
+            torch.zeros(completion_ids.shape),
+            torch.zeros(completion_ids.shape[:2], dtype=torch.bool),
+            0,
+        )
+        layout = make_layout(sampled, shared=shared)
+        try:
+            hidden = _run(decoder, layout, {"input_ids": layout.input_ids})
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            if shared:  # the architecture takes no mask of four dimensions
+                return None
+            raise
+        return hidden[layout.hidden_rows(), layout.source[layout.mask]].view(2, 2, 4, -1).float()
+
+    shared_states, plain_states = states(completions, True), states(completions, False)
+    if shared_states is None:
+        return False
+    other = completions.clone()
+    other[:, 0] = (other[:, 0] + 1) % decoder.config.vocab_size
+    blind = torch.equal(shared_states[:, 1], states(other, True)[:, 1])
+    # In bfloat16 two layouts differ by rounding; a wrong position or a missing token differs by the size of the states
+    # themselves.
+    tolerance = 1e-3 if next(decoder.parameters()).dtype in (torch.float32, torch.float64) else 0.2
+    close = (shared_states - plain_states).norm() <= tolerance * plain_states.norm()
+    return blind and bool(close)
+
+
+def _probe_ids(decoder: Any, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, decoder.config.vocab_size, shape, generator=generator)
+    return ids.to(next(decoder.parameters()).device)
+
+
+def check_head(model: Any) -> bool:
+    """Whether the logits are the output embedding applied to the final hidden states and nothing else (no soft cap, no
+    scale)."""
+    with torch.no_grad():
+        ids = _probe_ids(body(model), (1, 5))
+        language_model = causal_lm(model)
+        logits = language_model(input_ids=ids, use_cache=False).logits.float()
+        own = language_model.get_output_embeddings()(
+            body(model)(input_ids=ids, use_cache=False).last_hidden_state
+        ).float()
+    return torch.allclose(logits, own, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,310 @@
+"""Layouts, chunked log-probabilities, the split into trunk and top: against plain forward passes and full softmaxes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from pairtune.models.logprobs import (
+    Scorer,
+    can_share_prefix,
+    can_split,
+    check_head,
+    chunked_logprobs,
+    divergence,
+    make_layout,
+)
+from pairtune.types import Completions
+
+VOCAB = 61
+
+
+def tiny(name: str, **changes: Any) -> nn.Module:
+    torch.manual_seed(3)
+    words = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **changes,
+    }
+    if name == "llama":
+        return LlamaForCausalLM(LlamaConfig(**words)).eval()
+    if name == "qwen2":
+        return Qwen2ForCausalLM(Qwen2Config(**words, tie_word_embeddings=True)).eval()
+    if name == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**words, head_dim=8)).eval()
+    if name == "mistral":
+        return MistralForCausalLM(MistralConfig(**words, sliding_window=6)).eval()
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=3,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def ragged_batch(num_prompts: int = 3, num_generations: int = 2, width: int = 5, length: int = 7) -> Completions:
+    """Prompts and completions of all lengths, from one token up."""
+    generator = torch.Generator().manual_seed(11)
+    prompt_mask = torch.arange(width) >= torch.arange(num_prompts)[:, None] % width
+    lengths = torch.arange(num_prompts * num_generations).view(num_prompts, num_generations) * 2 % length + 1
+    completion_mask = torch.arange(length) < lengths[..., None]
+    return Completions(
+        prompt_ids=torch.randint(2, VOCAB, (num_prompts, width), generator=generator).masked_fill(~prompt_mask, 0),
+        prompt_mask=prompt_mask,
+        completion_ids=torch.randint(2, VOCAB, completion_mask.shape, generator=generator).masked_fill(
+            ~completion_mask, 0
+        ),
+        completion_mask=completion_mask,
+        sampler_logprobs=torch.zeros(completion_mask.shape),
+        truncated=torch.zeros(lengths.shape, dtype=torch.bool),
+        policy_version=0,
+    )
+
+
+def plain_logprobs(model: nn.Module, completions: Completions, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Token log-probabilities and entropies, one unpadded sequence at a time."""
+    logprobs = torch.zeros(completions.completion_mask.shape)
+    entropies = torch.zeros_like(logprobs)
+    for p, k in torch.cartesian_prod(*(torch.arange(n) for n in logprobs.shape[:2])).tolist():
+        prompt = completions.prompt_ids[p][completions.prompt_mask[p]]
+        completion = completions.completion_ids[p, k][completions.completion_mask[p, k]]
+        with torch.no_grad():
+            logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        law = logits.log_softmax(-1)
+        logprobs[p, k, : len(completion)] = law.gather(1, completion[:, None])[:, 0]
+        entropies[p, k, : len(completion)] = -(law.exp() * law).sum(-1)
+    return logprobs, entropies
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "mistral"])
+@pytest.mark.parametrize("num_generations", [1, 2, 3])
+@pytest.mark.parametrize("shared", [True, False])
+def test_logprobs_equal_a_plain_forward_pass(name: str, num_generations: int, shared: bool) -> None:
+    model = tiny(name)
+    if shared and not can_share_prefix(model):
+        assert name == "mistral"
+        return
+    completions = ragged_batch(num_generations=num_generations)
+    expected, expected_entropy = plain_logprobs(model, completions, temperature=0.7)
+    scorer = Scorer(model, shared=shared)
+    with torch.no_grad():
+        logprobs, entropies = scorer.logprobs(scorer.layout(completions), temperature=0.7, with_entropy=True)
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(entropies, expected_entropy, rtol=0, atol=1e-4)
+
+
+def test_which_architectures_share_a_prefix() -> None:
+    assert {name: can_share_prefix(tiny(name)) for name in ("llama", "qwen2", "qwen3", "gpt2", "mistral")} == {
+        "llama": True,
+        "qwen2": True,
+        "qwen3": True,
+        "gpt2": True,
+        "mistral": False,
+    }
+
+
+def test_a_mask_that_is_ignored_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    forward = model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, attention_mask=None, **k: forward(*a, attention_mask=None, **k)
+    )
+    assert not can_share_prefix(model)
+
+
+def test_the_shared_layout_saves_the_prompts() -> None:
+    completions = ragged_batch(num_prompts=4, num_generations=3)
+    shared, plain = make_layout(completions, shared=True), make_layout(completions, shared=False)
+    prompt_tokens, completion_tokens = completions.prompt_mask.sum(), completions.completion_mask.sum()
+    assert (shared.segments >= 0).sum() == prompt_tokens + completion_tokens
+    assert (plain.segments >= 0).sum() == 3 * prompt_tokens + completion_tokens
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_cut_of_the_batch_changes_no_bit(shared: bool) -> None:
+    model = tiny("llama")
+    completions = ragged_batch(num_prompts=4)
+    scorer = Scorer(model, shared=shared, num_top_layers=1)
+    layout = scorer.layout(completions)
+    features = scorer.features(layout)
+    assert features is not None
+    with torch.no_grad():
+        whole, _ = scorer.logprobs(layout, features)
+        prompts = torch.tensor([3, 1])
+        part, _ = scorer.logprobs(layout.select(prompts), layout.rows(prompts, features))
+    assert torch.equal(part, whole[prompts])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_padding_changes_nothing(shared: bool) -> None:
+    model = tiny("llama")
+    completions = ragged_batch()
+    wider = Completions(
+        nn.functional.pad(completions.prompt_ids, (3, 0), value=7),
+        nn.functional.pad(completions.prompt_mask, (3, 0)),
+        nn.functional.pad(completions.completion_ids, (0, 4), value=9),
+        nn.functional.pad(completions.completion_mask, (0, 4)),
+        nn.functional.pad(completions.sampler_logprobs, (0, 4)),
+        completions.truncated,
+        0,
+    )
+    scorer = Scorer(model, shared=shared)
+    with torch.no_grad():
+        narrow, _ = scorer.logprobs(scorer.layout(completions))
+        wide, _ = scorer.logprobs(scorer.layout(wider))
+    assert torch.equal(wide[..., :-4], narrow)
+    assert not wide[..., -4:].any()
+
+
+@pytest.mark.parametrize(("name", "splits"), [("llama", True), ("qwen2", True), ("qwen3", True), ("gpt2", False)])
+def test_trunk_and_top_are_the_whole(name: str, splits: bool) -> None:
+    model = tiny(name)
+    assert can_split(model, 1) is splits
+    if not splits:
+        return
+    completions = ragged_batch()
+    whole, top = Scorer(model, shared=True), Scorer(model, shared=True, num_top_layers=2)
+    layout = whole.layout(completions)
+    with torch.no_grad():
+        expected, _ = whole.logprobs(layout)
+        assert torch.equal(top.logprobs(layout, top.features(layout))[0], expected)
+
+
+def test_a_head_with_a_soft_cap_is_found_out() -> None:
+    model = tiny("llama")
+    assert check_head(model)
+    forward = model.forward
+
+    def capped(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits.tanh()
+        return output
+
+    model.forward = capped
+    assert not check_head(model)
+
+
+@pytest.mark.parametrize("head_trained", [True, False])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_chunked_gradient(head_trained: bool, with_bias: bool, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int, grad: bool = True) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator).requires_grad_(grad)
+
+    hidden, weight = leaf(9, 5), leaf(13, 5, grad=head_trained)
+    bias = leaf(13, grad=head_trained) if with_bias else None
+    targets = torch.randint(0, 13, (9,), generator=generator)
+    upstream = torch.randn(9, dtype=torch.float64, generator=generator)
+    trained = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+
+    logprobs, entropies = chunked_logprobs(
+        hidden, weight, targets, bias=bias, temperature=0.8, chunk=chunk, with_entropy=True
+    )
+    law = (nn.functional.linear(hidden, weight, bias) / 0.8).log_softmax(-1)
+    expected = law.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(entropies, -(law.exp() * law).sum(-1), rtol=1e-12, atol=1e-12)
+    got = torch.autograd.grad(logprobs, trained, upstream)
+    want = torch.autograd.grad(expected, trained, upstream)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_divergence_is_exactly_zero_for_a_copy_and_right_for_another() -> None:
+    completions = ragged_batch()
+    model, other = tiny("llama"), tiny("llama", initializer_range=0.2)
+    policy, copy, reference = (Scorer(m, shared=True) for m in (model, tiny("llama"), other))
+    layout = policy.layout(completions)
+    same = divergence(policy, copy, layout)
+    assert not same.kl.any()
+    assert torch.equal(same.policy_logprobs, same.ref_logprobs)
+    compared = divergence(policy, reference, layout, temperature=0.9)
+    hidden = policy.hidden(layout), reference.hidden(layout)
+    law, ref = ((s.head(h) / 0.9).log_softmax(-1) for s, h in zip((policy, reference), hidden, strict=True))
+    torch.testing.assert_close(compared.kl[layout.mask], (law.exp() * (law - ref)).sum(-1), rtol=1e-5, atol=1e-6)
+    expected, entropy = plain_logprobs(model, completions, temperature=0.9)
+    torch.testing.assert_close(compared.policy_logprobs, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(compared.entropy, entropy, rtol=0, atol=1e-4)
+
+
+def peak_above_start(code: str) -> int:
+    """Bytes of resident memory that a piece of code adds at its worst, in a fresh process."""
+    program = """
+        import sys, torch
+        from pairtune.models.logprobs import chunked_logprobs
+        torch.manual_seed(0)
+        num_tokens, vocab_size, hidden_size = map(int, sys.argv[1:])
+        hidden = torch.randn(num_tokens, hidden_size, requires_grad=True)
+        weight = (torch.randn(vocab_size, hidden_size) / hidden_size**0.5).requires_grad_()
+        targets = torch.randint(0, vocab_size, (num_tokens,))
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        def resident(field):
+            return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+        open("/proc/self/clear_refs", "w").write("5")
+        start = resident("VmRSS")
+        CODE
+        print(resident("VmHWM") - start)
+    """
+    return textwrap.dedent(program).replace("CODE", code)
+
+
+OURS = "chunked_logprobs(hidden, weight, targets)[0].sum().backward()"
+FULL = "(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("num_tokens", [1024, 4096])
+def test_memory_is_a_quarter_of_the_full_logits(num_tokens: int) -> None:
+    def peak(code: str) -> int:
+        command = [sys.executable, "-c", peak_above_start(code), str(num_tokens), "151936", "896"]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    ours, full = peak(OURS), peak(FULL)
+    assert ours <= full / 4, f"{ours / 2**20:.0f} MiB against {full / 2**20:.0f} MiB"
+
+
+@pytest.mark.slow
+def test_gradient_at_a_large_vocabulary() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(64, 896, requires_grad=True)
+    weight = (torch.randn(151_936, 896) / 30).requires_grad_()
+    targets = torch.randint(0, 151_936, (64,))
+    ours = torch.autograd.grad(chunked_logprobs(hidden, weight, targets, chunk=20)[0].sum(), (hidden, weight))
+    logits = hidden @ weight.T
+    full = torch.autograd.grad(logits.log_softmax(-1).gather(1, targets[:, None]).sum(), (hidden, weight))
+    for one, other in zip(ours, full, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
