@@ -1,0 +1,739 @@
+"""Typed configuration of every verb: a YAML file plus dotted overrides, checked before anything is loaded.
+
+Shared words are flat; a method's own knobs stand in a section of its name (`p3o.clip`). The docstring under a field is
+its help text and carries its unit. Whatever a user got wrong ends as one sentence that names the key, the value and the
+mend: that is why these are pydantic models, whose errors are data. Nothing here imports torch: a mistake costs no wait.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import math
+import os
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from pairtune.errors import PairtuneError
+
+
+class Method(NamedTuple):
+    """What a method of training asks of the rest of the configuration."""
+
+    uses_ratios: bool
+    """Its loss weighs by policy / sampling probability, which is wrong when top-p or top-k cut the sampling law."""
+    min_generations: int
+    """The fewest completions of one prompt from which it can learn."""
+
+
+METHODS: dict[str, Method] = {
+    "p3o": Method(uses_ratios=True, min_generations=2),
+}
+
+WORDS_ELSEWHERE: dict[str, str] = {
+    "algorithm": "loss_type",
+    "batch_size": "num_rollouts per_device_train_batch_size train_batch_size",
+    "beta": "init_kl_coef kl_coef",
+    "dataset": "dataset_name",
+    "dtype": "bf16 fp16 torch_dtype",
+    "epsilon": "clip_eps clip_range cliprange",
+    "eval_dataset": "eval_dataset_name",
+    "eval_steps": "eval_strategy",
+    "keep_last": "save_total_limit",
+    "learning_rate": "lr",
+    "lora_r": "lora_rank use_peft",
+    "max_completion_length": "max_length max_new_tokens response_length",
+    "max_steps": "num_epochs num_train_epochs total_episodes",
+    "micro_batch_size": "gradient_accumulation_steps local_rollout_forward_batch_size",
+    "minibatch_size": "mini_batch_size num_mini_batches",
+    "missing_eos_penalty": "non_eos_penalty",
+    "model": "model_name model_name_or_path model_path sft_model_path",
+    "num_completions_to_log": "log_completions num_completions_to_print",
+    "num_generations": "num_return_sequences rloo_k",
+    "num_iterations": "num_ppo_epochs p3o_epochs ppo_epochs",
+    "overwrite": "overwrite_output_dir",
+    "p3o.max_ratio": "cliprange_ratio",
+    "prompt_column": "dataset_text_field input_key",
+    "ref_model": "ref_model_name_or_path",
+    "resume": "resume_from_checkpoint",
+    "reward_funcs": "reward_fn reward_model reward_model_name_or_path reward_model_path",
+    "stop": "stop_sequences stop_token",
+    "trainable_layers": "num_layers_unfrozen",
+    "warmup_steps": "warmup_ratio",
+}
+"""Our word -> what trl, transformers and trlX call the nearest thing. Never accepted, only named in an error."""
+
+FOREIGN_WORDS = {word: ours for ours, words in WORDS_ELSEWHERE.items() for word in words.split()}
+
+
+class Allowed(NamedTuple):
+    """Put into a field's annotation: what it takes, in words, where the type does not say."""
+
+    text: str
+
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)  # it has no public name
+
+
+class _OneSentence(ModelMetaclass):
+    """Makes direct construction raise the same one-sentence errors as the command line."""
+
+    def __call__(cls, /, **values: Any) -> Any:
+        return _build(cls, values)  # type: ignore[arg-type]  # cls is a subclass of Words
+
+
+class Words(BaseModel, metaclass=_OneSentence):
+    """Base of every configuration and of every group of settings that several verbs share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    topic: ClassVar[str] = ""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """What YAML, a shell and Python write differently becomes one thing: paths, null, one value for a list."""
+        assert info.field_name is not None
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = kinds_of(annotation)
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        if isinstance(value, str) and value.lower() in ("null", "none") and value not in _choices(annotation):
+            value = None
+        takes_list = any(get_origin(kind) is list for kind in kinds)
+        if value is None:
+            return [] if takes_list and NoneType not in kinds else None
+        items = value if isinstance(value, list) else [value]
+        if bool not in kinds and any(isinstance(item, bool) for item in items):
+            raise ValueError("true and false are not numbers")  # pydantic would read them as 1 and 0
+        if takes_list and str not in kinds and isinstance(value, str | int | float):
+            return [value]
+        return value
+
+
+class ModelWords(Words):
+    """Which model, and how it computes."""
+
+    topic = "model"
+
+    model: Annotated[str, Field(min_length=1)]
+    """The policy: a hub id, a local folder, or `smollm2-135m-instruct-q4` (comes as a package, no hub needed)."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a hub model; null: its main branch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision of every pass; auto: bfloat16 where the hardware is fast at it, else float32."""
+    device: Annotated[
+        str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"), Allowed("auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
+    ] = "auto"
+    """Where to compute; auto: the accelerator if there is one, else the CPU."""
+    num_threads: PositiveInt | None = None
+    """CPU threads; null: torch's own choice. A resumed run is bit-equal only at the same number."""
+    attn_implementation: str = "sdpa"
+    """Attention kernel of transformers: sdpa, eager, flash_attention_2, ..."""
+    trust_remote_code: bool = False
+    """Run Python code that a hub model brings along."""
+
+
+class PromptWords(Words):
+    """Which prompts."""
+
+    topic = "prompts"
+
+    dataset: Annotated[str, Field(min_length=1)]
+    """Prompts: a hub id, a folder, a .jsonl, .json or .parquet file, or `everyday` (prompts that pairtune ships)."""
+    dataset_config: str | None = None
+    """Configuration (subset) of a hub dataset."""
+    dataset_test_split: str | None = "test"
+    """Split of the held-out prompts; null: no held-out evaluation."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt: text, or a list of {role, content} turns."""
+    max_prompt_length: PositiveInt = 512
+    """Tokens; longer prompts are left out and counted, never cut."""
+
+
+class TrainPromptWords(Words):
+    """Which prompts to train on, where `PromptWords` names those to judge by."""
+
+    topic = "prompts"
+
+    dataset_train_split: str = "train"
+    """Split of the training prompts."""
+    eval_dataset: str | None = None
+    """Another dataset for the held-out prompts (its `dataset_test_split`); null: the same as `dataset`."""
+
+
+class ChatWords(Words):
+    """How plain text becomes a conversation."""
+
+    topic = "prompts"
+
+    system_prompt: str | None = None
+    """System turn put before plain prompts that become conversations; null: none of ours."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether a plain-text prompt is wrapped as a user turn; auto: if the tokenizer has a chat template."""
+
+
+class RewardWords(Words):
+    """What is good."""
+
+    topic = "reward"
+
+    reward_funcs: list[Annotated[str, Field(min_length=1)]] = []
+    """One or more of: `package.module.function`, `path/to/file.py:function`, hub id or folder of a reward model.
+    Required, unless functions are passed in from Python."""
+    reward_weights: list[float] | None = None
+    """Weight of each reward function in the sum; null: 1 each."""
+    reward_batch_size: PositiveInt = 16
+    """Completions a forward pass of a reward model."""
+    missing_eos_penalty: NonNegativeFloat | None = None
+    """Reward units, subtracted from a completion that the length cap ended; null: nothing."""
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> RewardWords:
+        if self.reward_weights is not None and self.reward_funcs and len(self.reward_weights) != len(self.reward_funcs):
+            raise PairtuneError(
+                f"reward_weights has {len(self.reward_weights)} values and reward_funcs {len(self.reward_funcs)}; "
+                "give one weight for each reward function."
+            )
+        return self
+
+
+class SamplingWords(Words):
+    """How completions are drawn."""
+
+    topic = "sampling"
+
+    temperature: PositiveFloat = 1.0
+    """Divides the logits before sampling; the policy of every KL and ratio is the law at this temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the likeliest tokens that hold this probability; 1: all."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many likeliest tokens; 0: all."""
+    max_completion_length: PositiveInt = 256
+    """Tokens of a completion at most, end-of-sequence token included."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Texts that end a completion, beside the model's end-of-sequence tokens."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of sampling and, in training, of the order of prompts."""
+
+
+class EvaluationWords(Words):
+    """How much is measured."""
+
+    topic = "evaluation"
+
+    num_eval_prompts: PositiveInt | None = None
+    """Held-out prompts to evaluate on; null: all."""
+    eval_generations: PositiveInt = 1
+    """Completions a held-out prompt."""
+
+
+class P3OConfig(Words):
+    """Knobs of Pairwise Proximal Policy Optimization (read when `algorithm` is p3o)."""
+
+    topic = "p3o"
+
+    clip: Literal["joint", "separate", "none"] = "joint"
+    """What the clip bounds: the pair's difference of log-ratios, each completion's ratio, or nothing."""
+    kl_at: Literal["current", "sampling"] = "current"
+    """Policy whose KL is in the reward: the one being updated, or the one that sampled (the paper's Algorithm 2)."""
+    max_ratio: Annotated[float, Field(ge=1)] | None = 10.0
+    """c: the constant importance weight is clamped to [1/c, c]; null: the bare paper."""
+
+
+class AlgorithmWords(Words):
+    """What is learned from a batch."""
+
+    topic = "algorithm"
+
+    algorithm: Literal["p3o"] = "p3o"
+    """Method of training: p3o (pairwise, Wu et al. 2023)."""
+    scale_rewards: Literal["none", "running"] = "none"
+    """running: divide rewards by their running standard deviation (breaks the invariance to a shift per prompt)."""
+    beta: NonNegativeFloat = 0.05
+    """Weight of the KL to the starting policy, reward units a nat; 0: no pull (the KL is logged all the same)."""
+    epsilon: PositiveFloat = 0.2
+    """Clip range: of a probability ratio, or for the joint clip of a difference of log-ratios (nats)."""
+    num_generations: PositiveInt = 2
+    """Completions a prompt, K."""
+    num_iterations: PositiveInt = 4
+    """Passes over a batch of experience. With one update a batch nothing is ever clipped."""
+    batch_size: PositiveInt = 64
+    """Prompts a step, over all processes."""
+    minibatch_size: PositiveInt | None = None
+    """Prompts an optimizer update, a divisor of `batch_size`; null: all of the batch."""
+    micro_batch_size: PositiveInt | None = None
+    """Prompts a forward pass on one process; changes memory and speed, not the gradient; null: all of the minibatch."""
+    p3o: P3OConfig = Field(default_factory=P3OConfig)
+    """Knobs of p3o."""
+
+
+class OptimizerWords(Words):
+    """How weights move, and which."""
+
+    topic = "optimizer"
+
+    learning_rate: NonNegativeFloat = 1e-6
+    """Step size of AdamW at the end of the warm-up."""
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """Course of the learning rate over all updates; linear and cosine end at 0."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer updates (not steps) over which the learning rate rises from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of AdamW, per unit of learning rate."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of AdamW's mean of gradients."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Decay of AdamW's mean of squared gradients."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """Added to the root in AdamW's denominator."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this Euclidean norm; null: never."""
+    trainable_layers: PositiveInt | None = None
+    """Train only the last n decoder layers and the final norm; null: all weights."""
+    lora_r: PositiveInt | None = None
+    """Rank of LoRA adapters; null: no LoRA."""
+    lora_alpha: PositiveInt = 32
+    """LoRA's scale times its rank."""
+    lora_target_modules: str | list[str] = "all-linear"
+    """Modules that get an adapter: `all-linear`, a regular expression, or names."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class RunWords(Words):
+    """How long, how often measured, and what is kept."""
+
+    topic = "run"
+
+    max_steps: PositiveInt = 200
+    """Steps, each one batch collected and learned from."""
+    max_minutes: PositiveFloat | None = None
+    """Minutes of training after which the run ends early, with a checkpoint; null: no limit."""
+    eval_steps: NonNegativeInt = 10
+    """Steps between held-out evaluations; 0: only before and after."""
+    save_steps: NonNegativeInt = 50
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/train"
+    """Run folder: configuration, logs, samples, checkpoints, report."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the run folder. Without --config, the folder's own config.yaml is taken."""
+    overwrite: bool = False
+    """Replace a run that is already in the run folder."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers to log to, beside the run folder."""
+    num_completions_to_log: NonNegativeInt = 4
+    """Rows of samples.jsonl a step."""
+
+
+class TrainConfig(
+    ModelWords,
+    PromptWords,
+    TrainPromptWords,
+    ChatWords,
+    RewardWords,
+    SamplingWords,
+    AlgorithmWords,
+    OptimizerWords,
+    EvaluationWords,
+    RunWords,
+):
+    """Everything `pairtune train` and `pairtune demo` can be told."""
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates that one batch of experience is used for."""
+        return self.num_iterations * (self.batch_size // (self.minibatch_size or self.batch_size))
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TrainConfig:
+        if sentences := list(_contradictions(self)):
+            raise PairtuneError("\n".join(sentences))
+        return self
+
+
+class EvaluateConfig(ModelWords, PromptWords, ChatWords, RewardWords, SamplingWords, EvaluationWords):
+    """Everything `pairtune evaluate` can be told."""
+
+    topic = "evaluation"
+
+    dataset_test_split: str = "test"
+    """Split of the held-out prompts."""
+    ref_model: str | None = None
+    """Measure the KL to this model: a hub id or a local folder; null: no KL."""
+    batch_size: PositiveInt = 64
+    """Prompts sampled and scored at a time; changes memory and speed only."""
+    output: str | None = None
+    """JSON file for the result; null: only printed."""
+
+
+class SampleConfig(ModelWords, ChatWords, SamplingWords):
+    """Everything `pairtune sample` can be told."""
+
+    topic = "sampling"
+
+    model: Annotated[str, Field(min_length=1)]
+    """A run folder (its newest checkpoint), a hub id, a local folder, or `smollm2-135m-instruct-q4`."""
+    prompt: str | None = None
+    """Text to answer; null: ask for one after another."""
+    num_generations: PositiveInt = 1
+    """Completions a prompt."""
+
+
+ConfigT = TypeVar("ConfigT", bound=Words)
+VERB_OF: dict[type[Words], str] = {TrainConfig: "train", EvaluateConfig: "evaluate", SampleConfig: "sample"}
+MAX_SENTENCES = 5
+
+
+# -- What does not fit together ----------------------------------------------------------------------------------------
+
+
+def _contradictions(config: TrainConfig) -> Iterator[str]:
+    """One sentence for each pair of settings that cannot both be meant."""
+    name, method = config.algorithm, METHODS[config.algorithm]
+    if config.num_generations < method.min_generations:
+        yield (
+            f"num_generations is {config.num_generations}, but {name} compares completions of one prompt; "
+            f"give {method.min_generations} or more."
+        )
+    if method.uses_ratios and (config.top_p < 1 or config.top_k > 0):
+        key, value, mend = ("top_p", config.top_p, 1) if config.top_p < 1 else ("top_k", config.top_k, 0)
+        yield (
+            f"{key} is {value}, but {name} weighs by probability ratios, which a truncated sampling law falsifies; "
+            f"train with {key} {mend}."
+        )
+    if config.minibatch_size is not None and config.batch_size % config.minibatch_size:
+        yield (
+            f"minibatch_size is {config.minibatch_size}, which does not divide batch_size {config.batch_size}; "
+            f"give a divisor, such as {math.gcd(config.batch_size, config.minibatch_size)}."
+        )
+    if config.lora_r is not None and config.trainable_layers is not None:
+        yield (
+            f"lora_r is {config.lora_r} and trainable_layers {config.trainable_layers}, but training moves either "
+            "adapters or layers; set one of the two to null."
+        )
+    if config.resume and config.overwrite:
+        yield "resume and overwrite are both true, but a run is either continued or replaced; set one of them to false."
+
+
+def warnings_for(config: TrainConfig) -> list[str]:
+    """One sentence for each setting that is allowed but does nothing, or costs a property that users count on."""
+    warnings = []
+    if METHODS[config.algorithm].uses_ratios and config.updates_per_step == 1:
+        warnings.append(
+            "num_iterations is 1 with one minibatch a batch, so every ratio is 1 and epsilon, p3o.clip, p3o.max_ratio "
+            "and p3o.kl_at do nothing; set num_iterations to 2 or more."
+        )
+    default_epsilon = TrainConfig.model_fields["epsilon"].default
+    if config.algorithm == "p3o" and config.p3o.clip == "none" and config.epsilon != default_epsilon:
+        warnings.append(
+            f"epsilon is {config.epsilon}, but does nothing with p3o.clip none; set p3o.clip to joint or separate."
+        )
+    if config.scale_rewards == "running":
+        warnings.append(
+            "scale_rewards is running, which breaks the invariance to a reward shift per prompt and changes what beta "
+            "means; set it to none to keep both."
+        )
+    if config.lr_scheduler_type == "constant" and config.warmup_steps:
+        warnings.append(
+            f"warmup_steps is {config.warmup_steps}, but does nothing with lr_scheduler_type constant; "
+            "set that to constant_with_warmup."
+        )
+    elif config.warmup_steps >= (updates := config.max_steps * config.updates_per_step):
+        warnings.append(
+            f"warmup_steps is {config.warmup_steps}, but the run has only {updates} updates, so the learning rate "
+            "never reaches its full value; set warmup_steps lower (it counts updates, not steps)."
+        )
+    if config.eval_dataset is not None and config.dataset_test_split is None:
+        warnings.append(
+            f"eval_dataset is {_show(config.eval_dataset)}, but is not read while dataset_test_split is null; "
+            "name the split of its held-out prompts."
+        )
+    return warnings
+
+
+# -- Reading and building ----------------------------------------------------------------------------------------------
+
+
+def load_config(
+    cls: type[ConfigT], path: str | os.PathLike[str] | None = None, overrides: Mapping[str, Any] | None = None
+) -> ConfigT:
+    """The configuration in a YAML file, with dotted overrides (`{"p3o.clip": "separate"}`) that win over it.
+
+    Values may be strings as a shell gives them. Raises PairtuneError, one sentence a mistake.
+    """
+    overrides = overrides or {}
+    values: dict[str, Any] = {}
+    mend = "give --{key}, or --config with a file that has it"
+    if path is not None:
+        values = _flatten(cls, _read_yaml(Path(path)))
+        mend = f"add a line `{{key}}: ...` to {path}, or give --{{key}}"
+    shown = {key: f"{key} in {path}" for key in values} | {key: f"--{key}" for key in overrides}
+    return _build(cls, values | _flatten(cls, overrides), shown, mend)
+
+
+def flat_values(config: Words) -> dict[str, Any]:
+    """dotted key -> plain value, in the order of the help."""
+    flat = _flatten(type(config), config.model_dump())
+    return {key: flat[key] for key in keys_of(type(config))}
+
+
+def config_to_dict(config: Words) -> dict[str, Any]:
+    """Nested plain values in the order of the help; building from them gives an equal configuration."""
+    return _nest(flat_values(config))
+
+
+def config_to_yaml(config: Words) -> str:
+    """The resolved whole as YAML; reading it back gives an equal configuration."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _build(
+    cls: type[ConfigT],
+    values: Mapping[str, Any],
+    shown: Mapping[str, str] | None = None,
+    mend: str = "give it as {key}=...",
+) -> ConfigT:
+    """Validates values, nested or dotted; `shown` tells how to name a key that was given, `mend` how to give one."""
+    shown = shown or {}
+    flat = _flatten(cls, values)
+    keys = keys_of(cls)
+    unknown = [key for key in flat if key not in keys and key not in cls.model_fields]
+    sentences = [unknown_key(cls, key, shown.get(key, key)) for key in unknown]
+    try:
+        config = cls.model_validate(_nest({key: value for key, value in flat.items() if key not in unknown}))
+    except ValidationError as error:
+        sentences += _sentences(cls, error, flat, shown, mend)
+    if sentences:
+        raise PairtuneError("\n".join(sentences[:MAX_SENTENCES]))
+    return config
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, refusing a key that is given twice (PyYAML keeps the last one without a word)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value} is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+    except OSError as error:
+        raise PairtuneError(
+            f"the configuration file {path} cannot be read ({error.strerror}); check its path."
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        line = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise PairtuneError(f"{path} is not valid YAML{line}: {error.problem or error.context}; correct it.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise PairtuneError(f"{path} is not valid YAML in UTF-8: {str(error).splitlines()[0]}; correct it.") from None
+    if values is None:
+        raise PairtuneError(f"{path} is empty; write at least one line such as `model: ...` into it.")
+    if not isinstance(values, dict):
+        raise PairtuneError(f"{path} holds {_show(values)}, not settings; write lines of the form `key: value`.")
+    return {str(key): value for key, value in values.items()}
+
+
+def _flatten(cls: type[Words], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys for what stands in sections; an empty section (`p3o:` with its lines commented out) is no value."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        section = key in cls.model_fields and _is_section(cls.model_fields[key])
+        if section and isinstance(value, Words):
+            value = value.model_dump()
+        if section and (value is None or isinstance(value, Mapping)):
+            flat.update({f"{key}.{name}": inner for name, inner in (value or {}).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, dot, name = key.partition(".")
+        if not dot:
+            nested[key] = value
+        elif isinstance(inner := nested.setdefault(section, {}), dict):  # else a wrong section, to be refused
+            inner[name] = value
+    return nested
+
+
+# -- Reading the models themselves: for errors and help ----------------------------------------------------------------
+
+
+def fields_by_topic(cls: type[Words]) -> dict[str, dict[str, FieldInfo]]:
+    """topic -> dotted key -> field, in the order in which a reader wants them: groups as they are listed as bases."""
+    topics: dict[str, dict[str, FieldInfo]] = {}
+    placed: set[str] = set()
+    for owner in (*cls.__mro__[1:], cls):
+        if not issubclass(owner, Words):
+            continue
+        for name in inspect.get_annotations(owner):
+            if name not in cls.model_fields or name in placed:
+                continue
+            placed.add(name)
+            field = cls.model_fields[name]
+            if _is_section(field):
+                section = field.annotation
+                topics[name] = {f"{name}.{inner}": f for inner, f in section.model_fields.items()}  # type: ignore[union-attr]
+            else:
+                topics.setdefault(owner.topic, {})[name] = field
+    return topics
+
+
+def keys_of(cls: type[Words]) -> dict[str, FieldInfo]:
+    """Every dotted key and its field."""
+    return {key: field for fields in fields_by_topic(cls).values() for key, field in fields.items()}
+
+
+def allowed(annotation: Any, metadata: list[Any] | None = None) -> str:
+    """What a field takes, in words: "a number > 0 or null", "joint, separate or none"."""
+    metadata = list(metadata or [])
+    if get_origin(annotation) is Annotated:
+        annotation, *inner = get_args(annotation)
+        metadata += inner
+    metadata = [m for item in metadata for m in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    if texts := [m.text for m in metadata if isinstance(m, Allowed)]:
+        return texts[0]
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = sorted(get_args(annotation), key=lambda kind: kind is NoneType)
+        return " or ".join("null" if kind is NoneType else allowed(kind, metadata) for kind in kinds)
+    if get_origin(annotation) is Literal:
+        return _or(get_args(annotation))
+    if get_origin(annotation) is list:
+        item = allowed(get_args(annotation)[0])
+        return f"a list of {item.replace('a text', 'texts').replace('a number', 'numbers')}"
+    if inspect.isclass(annotation) and issubclass(annotation, Words):
+        return f"a section with the keys {_or(tuple(annotation.model_fields))}"
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[annotation]
+    bounds = " and ".join(filter(None, (_bound(m) for m in metadata)))
+    return f"{name} {bounds}".strip()
+
+
+def _bound(constraint: Any) -> str:
+    match constraint:
+        case Gt(gt=limit):
+            return f"> {limit}"
+        case Ge(ge=limit):
+            return f">= {limit}"
+        case Lt(lt=limit):
+            return f"< {limit}"
+        case Le(le=limit):
+            return f"<= {limit}"
+        case MinLen():
+            return "(not empty)"
+    return ""
+
+
+def _or(words: tuple[str, ...]) -> str:
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type, without their constraints."""
+    if get_origin(annotation) is Annotated:
+        return kinds_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(kind for member in get_args(annotation) for kind in kinds_of(member))
+    return (annotation,)
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return inspect.isclass(field.annotation) and issubclass(field.annotation, Words)
+
+
+# -- Sentences ---------------------------------------------------------------------------------------------------------
+
+
+def _sentences(
+    cls: type[Words], error: ValidationError, flat: Mapping[str, Any], shown: Mapping[str, str], mend: str
+) -> list[str]:
+    """One sentence a key, from pydantic's list of errors."""
+    sentences: dict[str, str] = {}
+    for item in error.errors(include_url=False):
+        if not item["loc"]:  # settings that do not fit together: our own sentences
+            return str(item["ctx"]["error"]).splitlines()
+        key = str(item["loc"][0])
+        field = cls.model_fields[key]
+        if _is_section(field) and len(item["loc"]) > 1:
+            inner = str(item["loc"][1])
+            key, field = f"{key}.{inner}", field.annotation.model_fields[inner]  # type: ignore[union-attr]
+        if item["type"] == "missing":
+            sentences[key] = f"{key} is missing; {mend.format(key=key)}."
+        else:
+            value = flat.get(key, item["input"])
+            sentences[key] = (
+                f"{shown.get(key, key)} must be {allowed(field.annotation, field.metadata)}, not {_show(value)}."
+            )
+    rank = {key: number for number, key in enumerate(keys_of(cls))}  # a whole section has none
+    return [sentences[key] for key in sorted(sentences, key=lambda key: rank.get(key, len(rank)))]
+
+
+def unknown_key(cls: type[Words], key: str, shown: str) -> str:
+    """The sentence for a key that `cls` does not have and that the user wrote as `shown`."""
+    verb = VERB_OF.get(cls, "train")
+    for other, its_verb in VERB_OF.items():
+        if key in keys_of(other) and key not in keys_of(cls):
+            return (
+                f"{shown} is a setting of `pairtune {its_verb}`, which `pairtune {verb}` does not have; leave it out."
+            )
+    nearest = nearest_key(key, list(keys_of(cls)))
+    if nearest is None:
+        return f"{shown} is not a known setting; `pairtune {verb} --help` lists all of them."
+    return f"{shown} is not a known setting; the nearest is {'--' if shown.startswith('--') else ''}{nearest}."
+
+
+def nearest_key(key: str, keys: list[str]) -> str | None:
+    """The key that was probably meant: another library's word, the same word in a section, or the nearest spelling."""
+    word = key.rpartition(".")[2]
+    by_word = {known.rpartition(".")[2]: known for known in keys}
+    if FOREIGN_WORDS.get(word) in keys:
+        return FOREIGN_WORDS[word]
+    if word in by_word:
+        return by_word[word]
+    whole = difflib.get_close_matches(key, keys, n=1)
+    part = difflib.get_close_matches(word, list(by_word), n=1)
+    return whole[0] if whole else by_word[part[0]] if part else None
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
