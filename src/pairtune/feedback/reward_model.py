@@ -1,0 +1,211 @@
+"""A Hugging Face sequence classifier with one label as a source of rewards."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pairtune.data import Chat, first_line, shortened
+from pairtune.errors import PairtuneError
+from pairtune.types import Completions, Prompt, Prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class RewardModel:
+    """A Hugging Face sequence classifier with one label, read as a reward.
+
+    Conversations, and plain prompts where `chat` says so ("always", or "auto" and its tokenizer has a chat template),
+    are scored as its own template writes them, with the completion as the assistant's turn. A template closes that turn
+    whether or not the completion was finished. Everything else is scored as plain text, prompt and completion joined,
+    with the reward tokenizer's EOS behind a completion that was finished and none behind one that the length cap ended:
+    that is what the model saw in training, and the two score differently. Where policy and reward model share a
+    vocabulary, plain text is not tokenised again: the model reads the very ids that the policy read and wrote.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "reward_model",
+        batch_size: int = 16,
+        chat: Chat = "auto",
+        policy_tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """`batch_size` is in completions. Without `policy_tokenizer` every completion is scored as text.
+
+        Raises PairtuneError if the model has more than one label, no usable padding token, or, under `chat` "always",
+        no chat template.
+        """
+        _check_labels(model.config, name)
+        if chat == "always" and not tokenizer.chat_template:
+            raise PairtuneError(f"chat is `always`, but the tokenizer of reward model `{name}` has no chat template.")
+        self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
+        self.batch_size, self.chat = batch_size, chat
+        self.pad_token_id = _choose_pad_token(model, tokenizer, name)
+        self.same_vocabulary = policy_tokenizer is not None and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | str = torch.float32,
+        trust_remote_code: bool = False,
+        **settings: Any,
+    ) -> RewardModel:
+        """Load a hub id or a local folder; `settings` are those of the constructor.
+
+        Raises PairtuneError if it cannot be loaded, is no model with one label, or lacks trained weights for its head.
+        """
+        from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+            _check_labels(config, name_or_path)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            )
+        except PairtuneError:
+            raise
+        except Exception as error:  # no such id, no network, no such class, a broken file: transformers says which
+            raise PairtuneError(f"cannot load reward model {name_or_path!r}: {first_line(error)}") from error
+        if missing := sorted(loading["missing_keys"]):
+            raise PairtuneError(
+                f"reward model {name_or_path!r} has no weights for {', '.join(missing)}: it was not trained as a "
+                "sequence classifier, and its scores would be random."
+            )
+        name = os.path.basename(os.path.normpath(name_or_path))
+        return cls(model.to(device), tokenizer, **{"name": name, **settings})
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises PairtuneError if prompts of this kind (text, conversation) cannot be scored."""
+        if not isinstance(prompt, str) and not self.tokenizer.chat_template:
+            raise PairtuneError(
+                f"the prompts are conversations, but the tokenizer of reward model `{self.name}` has no chat template: "
+                "use plain-text prompts."
+            )
+
+    @torch.no_grad()
+    def score(self, prompts: Prompts, completions: Completions, texts: list[list[str]]) -> list[float]:
+        """P * K scores, prompt-major; arguments as in `RewardSet.score`.
+
+        Raises PairtuneError if a completion with its prompt is longer than the model has positions.
+        """
+        sequences = self._sequences(prompts, completions, texts)
+        longest = max(map(len, sequences))
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and longest > limit:
+            raise PairtuneError(
+                f"a prompt with its completion has {longest} tokens for reward model `{self.name}`, which has {limit} "
+                "positions: lower max_prompt_length or max_completion_length."
+            )
+        scores = [0.0] * len(sequences)
+        by_length = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+        for start in range(0, len(by_length), self.batch_size):
+            batch = by_length[start : start + self.batch_size]
+            for index, score in zip(batch, self._forward([sequences[index] for index in batch]), strict=True):
+                scores[index] = score
+        return scores
+
+    def _forward(self, sequences: list[list[int]]) -> list[float]:
+        """One right-padded batch. A decoder's score is read at its last token that is not padding."""
+        width = max(map(len, sequences))
+        ids = torch.full((len(sequences), width), self.pad_token_id)
+        mask = torch.zeros((len(sequences), width), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        device = self.model.device
+        logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+        return logits[:, 0].float().tolist()
+
+    def _sequences(self, prompts: Prompts, completions: Completions, texts: list[list[str]]) -> list[list[int]]:
+        """What the model reads of each completion with its prompt, as token ids."""
+        conversational = not isinstance(prompts.prompts[0], str)
+        if conversational or self.chat == "always" or (self.chat == "auto" and self.tokenizer.chat_template):
+            return self._chat_sequences(prompts, texts)
+        finished = (~completions.truncated).flatten().tolist()
+        if self.same_vocabulary:
+            return [self._closed(ids, done) for ids, done in zip(_sampled_ids(completions), finished, strict=True)]
+        joined = [f"{prompt}{text}" for prompt, group in zip(prompts.prompts, texts, strict=True) for text in group]
+        encoded = self.tokenizer(joined, return_attention_mask=False, verbose=False)["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        if eos is None:  # an encoder's tokenizer, which has closed the text in its own way
+            return encoded
+        open_ended = [ids[:-1] if ids[-1] == eos else ids for ids in encoded]  # some tokenizers add an EOS unasked
+        return [[*ids, eos] if done else ids for ids, done in zip(open_ended, finished, strict=True)]
+
+    def _closed(self, ids: list[int], finished: bool) -> list[int]:
+        """Sampled ids as they are, with an EOS behind a completion that a stop string ended."""
+        eos = self.tokenizer.eos_token_id
+        has_eos = eos is None or ids[-1] in self.tokenizer.all_special_ids  # a chat model has several
+        return [*ids, eos] if finished and not has_eos else ids
+
+    def _chat_sequences(self, prompts: Prompts, texts: list[list[str]]) -> list[list[int]]:
+        rendered = []
+        for prompt, group in zip(prompts.prompts, texts, strict=True):
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            conversations = [[*turns, {"role": "assistant", "content": text}] for text in group]
+            try:
+                rendered += self.tokenizer.apply_chat_template(conversations, tokenize=False)
+            except Exception as error:  # templates are programs of their own and raise what they like
+                refusal = f"refuses the prompt {shortened(prompt)}: {first_line(error)}"
+                raise PairtuneError(f"the chat template of reward model `{self.name}` {refusal}") from error
+        # A template writes its special tokens itself, BOS included.
+        encoded = self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return encoded["input_ids"]
+
+
+def real_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The rows of `ids` (n, T) without what `mask` (n, T) leaves out."""
+    return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
+
+
+def _sampled_ids(completions: Completions) -> list[list[int]]:
+    """The ids of each completion behind those of its prompt, without padding, prompt-major."""
+    prompts = real_ids(completions.prompt_ids, completions.prompt_mask)
+    answers = real_ids(completions.completion_ids.flatten(0, 1), completions.completion_mask.flatten(0, 1))
+    num_generations = len(answers) // len(prompts)
+    return [prompts[index // num_generations] + ids for index, ids in enumerate(answers)]
+
+
+def _check_labels(config: Any, name: str) -> None:
+    if config.num_labels != 1:
+        raise PairtuneError(
+            f"{name!r} is no reward model: it gives {config.num_labels} labels, where a reward model has num_labels "
+            "= 1 in its config."
+        )
+
+
+def _choose_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    """The id to pad with: the one that the model was trained with, if its config tells, else a special token.
+
+    The config must know it, for a decoder reads its score at the last token that is not it.
+    """
+    text_config, eos = model.config.get_text_config(), tokenizer.eos_token_id
+    pad = getattr(text_config, "pad_token_id", None)
+    if pad is None:
+        candidates = [tokenizer.pad_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
+        pad = next((token_id for token_id in candidates if token_id not in (None, eos, tokenizer.unk_token_id)), None)
+        if pad is None:
+            raise PairtuneError(
+                f"reward model `{name}` has no padding token that differs from its end-of-sequence token, so it cannot "
+                "tell where a text ends: add one to its tokenizer and name it as pad_token_id in its config."
+            )
+        model.config.pad_token_id = text_config.pad_token_id = pad
+    elif pad == eos:
+        warnings.warn(
+            f"reward model `{name}` pads with its end-of-sequence token and reads its score before it, so a finished "
+            "and an unfinished completion score alike; missing_eos_penalty tells them apart.",
+            stacklevel=2,
+        )
+    return pad
