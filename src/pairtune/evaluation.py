@@ -1,0 +1,209 @@
+"""One policy on held-out prompts: reward, KL, length, with intervals. Used by the loop and by the evidence.
+
+All intervals are bootstrapped over prompts: the completions of one prompt are not independent of each other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pairtune.config import EvaluateConfig
+from pairtune.data import PromptDataset, load_eval_prompts
+from pairtune.errors import PairtuneError
+from pairtune.experience import decode, sampling_params, trunk_features
+from pairtune.feedback.rewards import RewardSet, load_rewards
+from pairtune.maths.masking import masked_sum
+from pairtune.maths.statistics import Interval, bootstrap_mean, bootstrap_ratio, distinct_n_interval
+from pairtune.models.loading import (
+    LoadedPolicy,
+    MasterWeights,
+    choose_device,
+    choose_dtype,
+    eos_ids,
+    load_causal_lm,
+    load_tokenizer,
+)
+from pairtune.models.logprobs import Scorer, can_share_prefix, causal_lm, divergence
+from pairtune.models.sampler import EVALUATION_STREAM, HFSampler, Sampler
+from pairtune.runs.display import evaluation_summary, make_console, progress
+from pairtune.runs.folder import write_atomic
+
+EVALUATION_BATCH = 128
+"""Completions sampled side by side; it changes the speed, not the tokens."""
+
+
+def evaluate_policy(
+    policy: LoadedPolicy,
+    sampler: Sampler,
+    rewards: RewardSet,
+    dataset: PromptDataset,
+    config: Any,
+    *,
+    step: int,
+    batch_size: int | None = None,
+    advance: Callable[[float], None] = lambda prompts: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(one line of evaluations.jsonl, one sample per completion) of the policy on held-out prompts.
+
+    The same prompts, the same random numbers and the same temperature at every call, so that two policies are compared
+    on the same draws. `kl` is the sequence KL(law that samples || reference) in nats, Rao-Blackwellised (Amini, Vieira
+    & Cotterell 2025); `kl_k1` the plain estimate log p - log ref of the same quantity, as a cross-check. Each metric is
+    a mean with its 95% interval.
+    """
+    num_prompts = min(len(dataset), config.num_eval_prompts or len(dataset))
+    per_batch = batch_size or max(1, EVALUATION_BATCH // config.eval_generations)
+    columns: dict[str, list[Tensor]] = {}
+    samples: list[dict[str, Any]] = []
+    all_ids: list[Tensor] = []
+    for start in range(0, num_prompts, per_batch):
+        rows = list(range(start, min(start + per_batch, num_prompts)))
+        prompts = dataset.batch(rows, device=policy.device)
+        completions = sampler.generate(
+            prompts, config.eval_generations, sampling_params(config), seed=config.seed, stream=EVALUATION_STREAM
+        )
+        texts = decode(policy.tokenizer, completions)
+        scores = rewards.score(prompts, completions, texts, update_scale=False)
+        layout = policy.scorer.layout(completions)
+        features = trunk_features(policy, layout, None)
+        compared = divergence(
+            policy.scorer,
+            policy.reference,
+            layout,
+            features,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+        )
+        mask = completions.completion_mask
+        batch = {
+            "reward": scores.raw_rewards,
+            "counts": scores.reward_mask.float(),
+            "kl": masked_sum(compared.kl, mask, -1),
+            "kl_k1": masked_sum(compared.policy_logprobs - compared.ref_logprobs, mask, -1),
+            "ref_nats": -masked_sum(compared.ref_logprobs, mask, -1),
+            "entropy": masked_sum(compared.entropy, mask, -1),
+            "length": completions.num_tokens.float(),
+            "truncated": completions.truncated.float(),
+        }
+        for name, values in batch.items():
+            columns.setdefault(name, []).append(values.float().cpu())
+        width = config.max_completion_length
+        ids = torch.full((*mask.shape[:2], width), -1)
+        ids[..., : mask.shape[-1]] = completions.completion_ids.masked_fill(~mask, -1).cpu()
+        all_ids.append(ids)
+        samples += _samples(dataset, rows, texts, scores.raw_rewards, completions.truncated, step)
+        advance(len(rows))
+    table = {name: torch.cat(parts) for name, parts in columns.items()}
+    intervals = _intervals(table, torch.cat(all_ids))
+    line = {"step": step, "num_prompts": num_prompts, "num_completions": num_prompts * config.eval_generations}
+    return {**line, **{name: interval._asdict() for name, interval in intervals.items()}}, samples
+
+
+def evaluate(
+    config: EvaluateConfig, *, reward_funcs: Sequence[Callable[..., Any] | str] | None = None, dataset: Any = None
+) -> dict[str, Any]:
+    """Measure a model on held-out prompts; prints a table, writes JSON where `output` says so, returns the line.
+
+    Without `ref_model` there is nothing to measure a KL to, and the metrics that need a reference are left out.
+    Raises PairtuneError for everything that a user can mend.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    tokenizer = load_tokenizer(config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+    prompts = load_eval_prompts(config, tokenizer, dataset)
+    rewards = load_rewards(config, tokenizer, prompts, reward_funcs)
+    policy = load_pair(config, tokenizer)
+    sampler = HFSampler(policy.model, tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id)
+    with progress("evaluating", len(prompts)) as advance:
+        line, samples = evaluate_policy(
+            policy, sampler, rewards, prompts, config, step=0, batch_size=config.batch_size, advance=advance
+        )
+    del line["step"]
+    if config.ref_model is None:
+        line = {name: value for name, value in line.items() if not name.startswith(("kl", "ref_"))}
+    make_console().print(evaluation_summary(line))
+    if config.output is not None:
+        content = {"config": config.model_dump(), "evaluation": line, "samples": samples}
+        write_atomic(Path(config.output), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return line
+
+
+def load_pair(config: EvaluateConfig, tokenizer: Any) -> LoadedPolicy:
+    """The model and the one its KL is measured to, in one compute precision and one layout."""
+    device = choose_device(config.device)
+    dtype, why = choose_dtype(config.dtype, device)
+
+    def load(name: str) -> Any:
+        return load_causal_lm(
+            name,
+            dtype=dtype,
+            device=device,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    model = load(config.model)
+    other = model if config.ref_model is None else load(config.ref_model)
+    sizes = [causal_lm(m).get_output_embeddings().weight.shape[0] for m in (model, other)]
+    if sizes[0] != sizes[1]:
+        raise PairtuneError(
+            f"ref_model: {config.ref_model!r} has a vocabulary of {sizes[1]} tokens and {config.model!r} one of "
+            f"{sizes[0]}; a KL needs two models of one vocabulary."
+        )
+    shared = can_share_prefix(model) and can_share_prefix(other)
+    return LoadedPolicy(
+        model=model,
+        tokenizer=tokenizer,
+        scorer=Scorer(model, shared=shared),
+        reference=Scorer(other, shared=shared),
+        masters=MasterWeights([]),
+        eos_token_ids=eos_ids(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        device=device,
+        dtype=dtype,
+        notes=[why],
+    )
+
+
+def _intervals(table: dict[str, Tensor], ids: Tensor) -> dict[str, Interval]:
+    """Each metric over prompts; a metric a token is the ratio of sums, not the mean of ratios."""
+    per_prompt = {name: values.mean(1) for name, values in table.items()}
+    length = per_prompt["length"]
+    # A completion without a reward does not count: the mean reward is a ratio too.
+    reward = bootstrap_ratio((table["reward"] * table["counts"]).sum(1), table["counts"].sum(1))
+    return {
+        "reward": reward,
+        "kl": bootstrap_mean(per_prompt["kl"]),
+        "kl_k1": bootstrap_mean(per_prompt["kl_k1"]),
+        "kl_per_token": bootstrap_ratio(per_prompt["kl"], length),
+        "length": bootstrap_mean(length),
+        "truncated": bootstrap_mean(per_prompt["truncated"]),
+        "entropy": bootstrap_ratio(per_prompt["entropy"], length),
+        "ref_nats_per_token": bootstrap_ratio(per_prompt["ref_nats"], length),
+        "distinct_2": distinct_n_interval(ids, n=2),
+    }
+
+
+def _samples(
+    dataset: PromptDataset, rows: list[int], texts: list[list[str]], rewards: Tensor, truncated: Tensor, step: int
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": step,
+            "split": "eval",
+            "row": row,
+            "prompt": dataset.prompts[row],
+            "completion_index": k,
+            "completion": text,
+            "reward": float(rewards[i, k]),
+            "truncated": bool(truncated[i, k]),
+        }
+        for i, row in enumerate(rows)
+        for k, text in enumerate(texts[i])
+    ]

@@ -1,0 +1,1 @@
+"""What a user believes afterwards. It reads run folders; no training loop calls it."""

@@ -1,0 +1,603 @@
+"""The third stage of RLHF: reinforcement learning from a reward. `train` reads from top to bottom in the order of
+events."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pairtune.algorithms import ALGORITHMS, Algorithm
+from pairtune.config import TrainConfig, config_to_yaml, warnings_for
+from pairtune.data import PromptDataset, load_prompts, shard
+from pairtune.errors import PairtuneError
+from pairtune.evaluation import evaluate_policy
+from pairtune.experience import Collected, Phase, collect, micro_batches
+from pairtune.feedback.rewards import RewardSet, load_rewards
+from pairtune.maths.masking import masked_mean, masked_sum
+from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
+from pairtune.models.sampler import HFSampler
+from pairtune.runs import checkpoint, distributed, folder
+from pairtune.runs.display import Display
+from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
+from pairtune.types import Experience, LossOutput
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves in memory."""
+
+    output_dir: Path
+    steps: int
+    """Steps done, over all resumes."""
+    finished: bool
+    """False where a signal ended the run early; it can be resumed."""
+    model: Any
+    tokenizer: Any
+
+
+def train(
+    config: TrainConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    reward_funcs: Sequence[Callable[..., Any] | str] | None = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+) -> TrainResult:
+    """Align a policy from relative feedback.
+
+    What cannot be written in a configuration may be passed in: a model in memory with its tokenizer, reward functions
+    (`f(prompts, completions, completion_ids, **columns) -> list[float | None]`), datasets (lists of rows or
+    `datasets.Dataset`). Raises PairtuneError, in one sentence, for everything that a user can mend.
+    """
+    device = distributed.init_from_env(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+    _check_shares(config)
+    check_trackers(config.report_to)
+
+    with contextlib.ExitStack() as stack:
+        # What can be refused is refused before the model is loaded.
+        run_dir = Path(config.output_dir)
+        if distributed.is_main():
+            stack.enter_context(
+                folder.create(run_dir, config_to_yaml(config), overwrite=config.overwrite, resume=config.resume)
+            )
+        if tokenizer is None:
+            tokenizer = load_tokenizer(
+                config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+            )
+        train_prompts, eval_prompts = load_prompts(
+            config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
+        train_prompts.step_rows(config.seed, 0, config.batch_size)  # refuses a dataset smaller than a batch
+        rewards = load_rewards(config, tokenizer, train_prompts, reward_funcs)
+
+        done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
+        display = stack.enter_context(
+            Display(config.max_steps, max_minutes=config.max_minutes, rewards=[line["reward"] for line in done])
+        )
+        for sentence in warnings_for(config):
+            display.message(f"note: {sentence}")
+        if train_prompts.num_left_out:
+            display.message(
+                f"{train_prompts.num_left_out} prompts are longer than max_prompt_length {config.max_prompt_length} "
+                "and were left out"
+            )
+        with display.phase("loading the model"):
+            policy = load_policy(
+                model if model is not None else config.model,
+                tokenizer=tokenizer,
+                dtype=config.dtype,
+                device=config.device if device is None else str(device),
+                attn_implementation=config.attn_implementation,
+                trainable_layers=config.trainable_layers,
+                lora_r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_target_modules=config.lora_target_modules,
+                gradient_checkpointing=config.gradient_checkpointing,
+                revision=config.model_revision,
+                trust_remote_code=config.trust_remote_code,
+            )
+        for note in policy.notes:
+            display.message(note)
+        return _loop(config, policy, rewards, train_prompts, eval_prompts, run_dir, display, stack)
+
+
+def _check_shares(config: TrainConfig) -> None:
+    """Every process takes the same share of every update."""
+    share, world_size = config.minibatch_size or config.batch_size, distributed.world_size()
+    if share % world_size:
+        key = "batch_size" if config.minibatch_size is None else "minibatch_size"
+        raise PairtuneError(
+            f"{key} is {share}, which {world_size} processes cannot share equally; give a multiple of {world_size}."
+        )
+
+
+def _loop(
+    config: TrainConfig,
+    policy: LoadedPolicy,
+    rewards: RewardSet,
+    train_prompts: PromptDataset,
+    eval_prompts: PromptDataset | None,
+    run_dir: Path,
+    display: Display,
+    stack: contextlib.ExitStack,
+) -> TrainResult:
+    """Collect, update, log, evaluate, save: step after step."""
+    algorithm = ALGORITHMS[config.algorithm]
+    sampler = HFSampler(
+        policy.model, policy.tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id
+    )
+    optimizer = _optimizer(config, policy)
+    progress = _restore(config, run_dir, policy, optimizer, rewards)
+    timer = Timer(policy.device)
+    is_main = distributed.is_main()
+    log = None
+    if is_main:
+        folder.write_environment(run_dir, compute_dtype=str(policy.dtype), device=str(policy.device))
+        log = stack.enter_context(
+            RunLog(
+                run_dir,
+                resume_step=progress.step if config.resume and progress.step else None,
+                report_to=config.report_to,
+                config_dict=config.model_dump(),
+            )
+        )
+    stop = stack.enter_context(_stop_on_signals(display))
+    started = time.perf_counter() - progress.seconds
+    last_step_time = 0.0
+
+    @contextlib.contextmanager
+    def phase(name: str, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+        with timer(name), display.phase(label, total) as advance:
+            yield advance
+
+    def evaluate() -> None:
+        if log is not None and eval_prompts is not None:
+            with phase("evaluate", "evaluating on held-out prompts", len(eval_prompts)) as advance:
+                evaluation, samples = evaluate_policy(
+                    policy, sampler, rewards, eval_prompts, config, step=progress.step, advance=advance
+                )
+            log.log_evaluation(evaluation)
+            log.log_samples(samples)
+            display.evaluation(evaluation)
+        distributed.barrier()
+
+    def save() -> None:
+        progress.seconds = time.perf_counter() - started
+        if is_main:
+            with phase("save", "saving a checkpoint"):
+                _save(config, run_dir, policy, optimizer, rewards, progress)
+        distributed.barrier()
+
+    def should_stop() -> bool:
+        elapsed = time.perf_counter() - started
+        late = config.max_minutes is not None and elapsed + last_step_time > 60 * config.max_minutes
+        # Every process must come to the same answer: one that leaves would leave the others waiting.
+        return bool(distributed.sum_across(torch.tensor(int(late or stop.requested), device=policy.device)))
+
+    if progress.step == 0:
+        evaluate()
+    saved_step = progress.step
+    while progress.step < config.max_steps and not should_stop():
+        step_start = time.perf_counter()
+        progress.updates_in_step = 0
+
+        # Collect: prompts -> completions -> rewards -> reference log-probabilities.
+        rows = train_prompts.step_rows(config.seed, progress.step, config.batch_size)
+        rows = shard(rows, distributed.rank(), distributed.world_size())
+        collected = collect(
+            train_prompts.batch(rows, device=policy.device),
+            policy=policy,
+            sampler=sampler,
+            rewards=rewards,
+            config=config,
+            step=progress.step,
+            policy_version=progress.num_updates,
+            phase=phase,
+        )
+
+        # Update: several passes over the batch.
+        experience, update_metrics = _update(config, algorithm, policy, optimizer, collected, progress, phase)
+
+        # Log, evaluate, save, in this order: a checkpoint vouches for every line before it.
+        progress.step += 1
+        metrics = {**_step_metrics(collected, experience, progress), **collected.metrics, **update_metrics}
+        metrics = _averaged(metrics)
+        last_step_time = time.perf_counter() - step_start
+        tokens = metrics["completions/mean_length"] * config.batch_size * config.num_generations
+        metrics.update(timer.take(), step_time=last_step_time, tokens_per_second=tokens / last_step_time)
+        if log is not None:
+            log.log_step(progress.step, metrics)
+            log.log_samples(_training_samples(config, train_prompts, rows, collected, progress.step))
+        display.step(progress.step, metrics)
+        if progress.step < config.max_steps:
+            if config.eval_steps and progress.step % config.eval_steps == 0:
+                evaluate()
+            if config.save_steps and progress.step % config.save_steps == 0:
+                save()
+                saved_step = progress.step
+
+    if stop.requested:
+        save()
+        display.message(
+            f"stopped after step {progress.step} of {config.max_steps}; go on with: "
+            f"pairtune train --resume --output_dir {run_dir}"
+        )
+    elif progress.step > saved_step:
+        if progress.step < config.max_steps:
+            display.message(
+                f"stopping after step {progress.step}: the next would pass max_minutes {config.max_minutes:g}"
+            )
+        if not (config.eval_steps and progress.step % config.eval_steps == 0 and progress.step < config.max_steps):
+            evaluate()
+        save()
+    return TrainResult(
+        run_dir, progress.step, finished=not stop.requested, model=policy.model, tokenizer=policy.tokenizer
+    )
+
+
+def _averaged(metrics: dict[str, float]) -> dict[str, float]:
+    """The mean over processes; each holds an equal share of the batch."""
+    everywhere = distributed.gather_objects(metrics)
+    return {name: statistics.fmean(one[name] for one in everywhere if name in one) for name in metrics}
+
+
+# --------------------------------------------------------------------------------------------------------------- update
+
+
+def _update(
+    config: TrainConfig,
+    algorithm: Algorithm,
+    policy: LoadedPolicy,
+    optimizer: torch.optim.Optimizer,
+    collected: Collected,
+    progress: Progress,
+    phase: Phase,
+) -> tuple[Experience, dict[str, float]]:
+    """`num_iterations` passes over a batch, each in minibatches of one optimizer update, each in micro-batches."""
+    num_prompts = len(collected.experience.rewards)
+    minibatch_size = (config.minibatch_size or config.batch_size) // distributed.world_size()
+    one_update_a_pass = minibatch_size >= num_prompts
+
+    # Old log-probabilities. Where a pass is one update, the first pass itself yields them: a forward pass saved.
+    if one_update_a_pass:
+        old_logprobs = torch.zeros_like(collected.experience.ref_logprobs)
+    else:
+        with phase("old_logprobs", "old log-probabilities"):
+            old_logprobs = _old_logprobs(config, policy, collected, minibatch_size)
+    experience = replace(collected.experience, old_logprobs=old_logprobs)
+
+    metrics: dict[str, float] = {}
+    passes = []
+    gradient_norms = []
+    policy.model.train(config.gradient_checkpointing)
+    for iteration in range(config.num_iterations):
+        totals = Totals()
+        for minibatch in _minibatches(config, progress.step, iteration, num_prompts, minibatch_size, policy.device):
+            with phase("update", f"updating, pass {iteration + 1} of {config.num_iterations}"):
+                # The denominator is counted over all micro-batches and processes before any backward pass, so that the
+                # gradient does not depend on how a batch is cut.
+                counted = algorithm.counted(experience)[minibatch].sum()
+                denominator = max(1, int(distributed.sum_across(counted)))
+                for prompts in minibatch.split(config.micro_batch_size or minibatch_size):
+                    logprobs, entropies = _logprobs(config, policy, collected, prompts, with_entropy=iteration == 0)
+                    if iteration == 0 and one_update_a_pass:
+                        old_logprobs[prompts] = logprobs.detach()
+                    micro = experience.select(prompts)
+                    if iteration == 0:
+                        _check_exact(logprobs.detach(), micro, progress, first_update=progress.updates_in_step == 0)
+                    output = algorithm.loss(logprobs, micro, config)
+                    loss = masked_sum(output.losses, output.mask) / denominator
+                    loss.backward()
+                    totals.add(output, loss, entropies, micro.completions.completion_mask)
+                gradient_norms.append(_apply_gradients(config, policy, optimizer, progress))
+        passes.append(totals)
+    policy.model.eval()
+
+    for number, totals in enumerate(passes, 1):
+        for name, value in totals.means().items():
+            metrics[f"{name}/pass_{number}"] = value
+            metrics[name] = value  # without a pass: the last one
+    metrics["loss"] = statistics.fmean(totals.loss for totals in passes)
+    metrics["entropy"] = passes[0].entropy()
+    metrics["grad_norm"] = statistics.fmean(gradient_norms)
+    metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
+    return experience, metrics
+
+
+def _logprobs(
+    config: TrainConfig, policy: LoadedPolicy, collected: Collected, prompts: Tensor, *, with_entropy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (p, K, T) of some prompts' completions under the policy as it is now."""
+    layout, features = collected.layout, collected.features
+    part = None if features is None else layout.rows(prompts, features)
+    return policy.scorer.logprobs(
+        layout.select(prompts), part, temperature=config.temperature, with_entropy=with_entropy
+    )
+
+
+@torch.no_grad()
+def _old_logprobs(config: TrainConfig, policy: LoadedPolicy, collected: Collected, minibatch_size: int) -> Tensor:
+    """(P, K, T) before the first update, cut as the first pass will cut them: the same arithmetic, so a first ratio of
+    1."""
+    minibatches = micro_batches(len(collected.experience.rewards), minibatch_size, policy.device)
+    cuts = [
+        prompts for minibatch in minibatches for prompts in minibatch.split(config.micro_batch_size or minibatch_size)
+    ]
+    return torch.cat([_logprobs(config, policy, collected, prompts)[0] for prompts in cuts])
+
+
+def _minibatches(
+    config: TrainConfig, step: int, iteration: int, num_prompts: int, size: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """The prompts of each update of a pass: in order in the first pass, freshly permuted in the later ones."""
+    order = torch.arange(num_prompts)
+    if iteration > 0 and size < num_prompts:
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1009 + iteration)
+        order = torch.randperm(num_prompts, generator=generator)
+    return order.to(device).split(size)
+
+
+def _apply_gradients(
+    config: TrainConfig, policy: LoadedPolicy, optimizer: torch.optim.Optimizer, progress: Progress
+) -> float:
+    """One optimizer move from the gradients accumulated on the masters; returns the norm before clipping."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * _lr_factor(config, progress.num_updates)
+    gradients = policy.masters.gradients()
+    distributed.sum_gradients(gradients)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        raise PairtuneError(
+            f"the gradient of step {progress.step + 1} is not finite ({norm.item()}); lower learning_rate or epsilon, "
+            "or set p3o.max_ratio, and go on from the last checkpoint with --resume."
+        )
+    if config.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(policy.masters.masters, config.max_grad_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    policy.masters.publish()
+    progress.num_updates += 1
+    progress.updates_in_step += 1
+    return norm.item()
+
+
+def _check_exact(logprobs: Tensor, experience: Experience, progress: Progress, *, first_update: bool) -> None:
+    """One arithmetic, asserted: before the first update the policy is its reference, and the old policy is the current
+    one."""
+    mask = experience.completions.completion_mask
+
+    def warn_unless_equal(other: Tensor, what: str) -> None:
+        gap = ((logprobs - other) * mask).abs().max().item()
+        if gap > 0:
+            warnings.warn(
+                f"{what} (a token differs by {gap:.2g} nats): the two were not computed alike; look for other casts, "
+                "layout, padded width or micro-batch size, dropout left on, or a reference with other weights.",
+                stacklevel=3,
+            )
+
+    if progress.num_updates == 0:
+        warn_unless_equal(experience.ref_logprobs, "the KL to the reference is not 0 before the first update")
+    if first_update and experience.old_logprobs is not None:
+        warn_unless_equal(experience.old_logprobs, f"the first ratio of step {progress.step + 1} is not 1")
+
+
+class Totals:
+    """Sums over the micro-batches of a pass."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self._sums: dict[str, float] = {}
+        self._counted = 0
+        self._entropy = 0.0
+        self._tokens = 0
+
+    def add(self, output: LossOutput, loss: Tensor, entropies: Tensor, completion_mask: Tensor) -> None:
+        self.loss += loss.item()
+        for name, values in output.metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + masked_sum(values, output.mask).item()
+        self._counted += int(output.mask.sum())
+        self._entropy += masked_sum(entropies, completion_mask).item()
+        self._tokens += int(completion_mask.sum())
+
+    def means(self) -> dict[str, float]:
+        return {name: value / max(1, self._counted) for name, value in self._sums.items()}
+
+    def entropy(self) -> float:
+        """Mean entropy of the next token, nats."""
+        return self._entropy / max(1, self._tokens)
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+
+def _step_metrics(collected: Collected, experience: Experience, progress: Progress) -> dict[str, float]:
+    """What a step reports of its batch. `kl` is the plain estimate of the sequence KL of the sampling policy to the
+    reference."""
+    completions = experience.completions
+    mask, counts = completions.completion_mask, experience.reward_mask
+    lengths = completions.num_tokens.float()
+    ended = ~completions.truncated
+    old = experience.old_logprobs
+    assert old is not None
+    kl = masked_sum(old - experience.ref_logprobs, mask, -1)
+    gap = (completions.sampler_logprobs - old).abs()
+    group_mean = masked_mean(experience.rewards, counts, -1)
+    group_std = masked_mean((experience.rewards - group_mean[:, None]) ** 2, counts, -1).sqrt()
+    tokens = int(mask.sum()) + int(completions.prompt_mask.sum())
+    progress.num_tokens += int(distributed.sum_across(torch.tensor(tokens)))
+    return {
+        "reward": masked_mean(experience.rewards, counts).item(),
+        "reward_std": group_std.mean().item(),
+        "frac_reward_zero_std": (group_std == 0).float().mean().item(),
+        "kl": kl.mean().item(),
+        "kl_per_token": (kl.sum() / mask.sum()).item(),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/mean_terminated_length": masked_mean(lengths, ended).item(),
+        "completions/clipped_ratio": completions.truncated.float().mean().item(),
+        "sampling/logprob_difference/mean": masked_mean(gap, mask).item(),
+        "sampling/logprob_difference/max": (gap * mask).max().item(),
+        "num_tokens": float(progress.num_tokens),
+    }
+
+
+def _training_samples(
+    config: TrainConfig, dataset: PromptDataset, rows: list[int], collected: Collected, step: int
+) -> list[dict[str, Any]]:
+    """The first few completions of the batch, for samples.jsonl."""
+    num_generations = config.num_generations
+    rewards, truncated = collected.experience.rewards, collected.experience.completions.truncated
+    samples = []
+    for index in range(min(config.num_completions_to_log, len(rows) * num_generations)):
+        p, k = divmod(index, num_generations)
+        sample = {
+            "step": step,
+            "split": "train",
+            "row": rows[p],
+            "prompt": dataset.prompts[rows[p]],
+            "completion_index": k,
+            "completion": collected.texts[p][k],
+            "reward": rewards[p, k].item(),
+            "truncated": bool(truncated[p, k]),
+        }
+        samples.append({**sample, **{name: values[index] for name, values in collected.extras.items()}})
+    return samples
+
+
+# ----------------------------------------------------------------------------------------------- optimizer and resuming
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the masters and the optimizer's moments, all that resuming needs: every random number is
+    a function of (seed, step)."""
+
+    step: int = 0
+    num_updates: int = 0
+    num_tokens: int = 0
+    """Prompt and completion tokens seen, over all processes."""
+    seconds: float = 0.0
+    """Training time so far, over all resumes."""
+    updates_in_step: int = 0
+
+
+def _optimizer(config: TrainConfig, policy: LoadedPolicy) -> torch.optim.AdamW:
+    """AdamW on the float32 masters. Weight decay leaves vectors (norms, biases) alone."""
+    masters = policy.masters.masters
+    groups = [
+        {"params": [m for m in masters if m.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [m for m in masters if m.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def _lr_factor(config: TrainConfig, update: int) -> float:
+    """The share of `learning_rate` at an optimizer update (from 0)."""
+    if update < config.warmup_steps and config.lr_scheduler_type != "constant":
+        return (update + 1) / (config.warmup_steps + 1)
+    if config.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        return 1.0
+    updates_a_step = config.num_iterations * (config.batch_size // (config.minibatch_size or config.batch_size))
+    done = (update - config.warmup_steps) / max(1, config.max_steps * updates_a_step - config.warmup_steps)
+    if config.lr_scheduler_type == "linear":
+        return max(0.0, 1.0 - done)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _save(
+    config: TrainConfig,
+    run_dir: Path,
+    policy: LoadedPolicy,
+    optimizer: torch.optim.Optimizer,
+    rewards: RewardSet,
+    progress: Progress,
+) -> None:
+    """A checkpoint that `from_pretrained` loads, with what resuming needs beside it."""
+    tensors = {}
+    for name, master in zip(policy.masters.names, policy.masters.masters, strict=True):
+        tensors[f"master.{name}"] = master.detach()
+        for moment in MOMENTS:
+            if moment in optimizer.state.get(master, {}):
+                tensors[f"{moment}.{name}"] = optimizer.state[master][moment]
+
+    def save_model(path: Path) -> None:
+        policy.model.save_pretrained(path)
+        policy.tokenizer.save_pretrained(path)
+
+    state = {"progress": asdict(progress), "rewards": rewards.state_dict()}
+    checkpoint.save(
+        run_dir, progress.step, save_model=save_model, tensors=tensors, state=state, keep_last=config.keep_last
+    )
+
+
+def _restore(
+    config: TrainConfig, run_dir: Path, policy: LoadedPolicy, optimizer: torch.optim.Optimizer, rewards: RewardSet
+) -> Progress:
+    """Where the run stands: at its newest checkpoint when resuming, else at the start."""
+    path = checkpoint.latest(run_dir) if config.resume else None
+    if path is None:
+        return Progress()
+    tensors, state = checkpoint.load(path)
+    policy.masters.load({name: tensors[f"master.{name}"] for name in policy.masters.names})
+    progress = Progress(**state["progress"])
+    for name, master in zip(policy.masters.names, policy.masters.masters, strict=True):
+        if f"{MOMENTS[0]}.{name}" in tensors:
+            moments = {moment: tensors[f"{moment}.{name}"].to(master.device) for moment in MOMENTS}
+            optimizer.state[master] = {"step": torch.tensor(float(progress.num_updates)), **moments}
+    rewards.load_state_dict(state["rewards"])
+    return progress
+
+
+class StopRequest:
+    """Set by SIGTERM or Ctrl-C; honoured between two steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+@contextlib.contextmanager
+def _stop_on_signals(display: Display) -> Iterator[StopRequest]:
+    """Finish the step, save, say how to go on. A second Ctrl-C stops at once."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signal handlers belong to the main thread: in another one the caller decides
+        return
+
+    def request(number: int, _: Any) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+        display.message("stopping: this step is finished and saved first (Ctrl-C again to stop at once)")
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
