@@ -237,12 +237,12 @@ def test_a_console_without_unicode_does_not_fail(monkeypatch: pytest.MonkeyPatch
 
 BEFORE: list[display.Row] = [
     ("reward", 0.2, 0.12, 0.28),
-    ("unfinished completions", 0.85, 0.8, 0.9),
+    ("unfinished", 0.85, 0.8, 0.9),
     ("gone", 1.0, None, None),
 ]
 AFTER: list[display.Row] = [
     ("reward", 0.53, 0.46, 0.6),
-    ("unfinished completions", 0.75, 0.7, 0.8),
+    ("unfinished", 0.75, 0.7, 0.8),
     ("new", None, None, None),
 ]
 
@@ -250,13 +250,11 @@ AFTER: list[display.Row] = [
 def test_the_table_shows_values_intervals_and_change() -> None:
     assert display.table_cells(BEFORE, AFTER) == [
         ["reward", "0.200 [0.120, 0.280]", "0.530 [0.460, 0.600]", "+0.330"],
-        ["unfinished completions", "85.0% [80.0%, 90.0%]", "75.0% [70.0%, 80.0%]", "-10.0 points"],
+        ["unfinished", "85.0% [80.0%, 90.0%]", "75.0% [70.0%, 80.0%]", "-10.0 points"],
         ["gone", "1.000", "–", "–"],
         ["new", "–", "–", "–"],
     ]
-    paired = display.table_cells(
-        BEFORE[:2], AFTER[:2], [("reward", 0.33, 0.25, 0.41), ("unfinished completions", -0.1, -0.2, 0.0)]
-    )
+    paired = display.table_cells(BEFORE[:2], AFTER[:2], [("reward", 0.33, 0.25, 0.41), ("unfinished", -0.1, -0.2, 0.0)])
     assert [row[3] for row in paired] == ["+0.330 [0.250, 0.410]", "-10.0 points [-20.0 points, 0.0 points]"]
     console = pipe(width=100)
     console.print(display.evaluation_table(BEFORE, AFTER, title="[x]"))
@@ -275,7 +273,7 @@ def test_rows_of_an_evaluation_come_in_a_fixed_order() -> None:
     }
     assert display.evaluation_rows(line) == [
         ("reward", 0.5, None, None),
-        ("length (tokens)", 12.0, None, None),
+        ("length", 12.0, None, None),
         ("distinct-2", 0.9, 0.8, 1.0),
     ]
 

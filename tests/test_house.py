@@ -27,7 +27,7 @@ LAYERS = [
     {"feedback"},
     {"experience"},
     {"evaluation"},
-    {"stages"},
+    {"stages", "chat"},
     {"evidence"},
     {"demo"},
     {"cli"},

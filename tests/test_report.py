@@ -245,8 +245,17 @@ def test_the_change_is_paired_by_prompt_where_every_prompt_is_there(run: Path, s
     assert f"+0.050 [{low:.3f}, {high:.3f}]" in text
 
 
+def test_no_change_is_paired_where_prompts_are_missing() -> None:
+    both = [evaluation(0, 0.2) | {"num_prompts": 2}, evaluation(6, 0.3) | {"num_prompts": 2}]
+    whole = [sample(step, row, "x") for step in (0, 6) for row in (0, 1)]
+    assert report.reward_change(both, whole) is not None
+    assert report.reward_change(both, whole[:-1]) is None  # the last step lacks a prompt
+    assert report.reward_change(both, [line for line in whole if line["row"] == 0]) is None  # only a part was kept
+    assert report.reward_change(both[:1], whole) is None
+
+
 def test_overlapping_intervals_are_said_to_overlap(run: Path) -> None:
-    write(run / "evaluations.jsonl", [evaluation(0, 0.2), evaluation(6, 0.25)])
+    write(run / "evaluations.jsonl", [evaluation(0, 0.2), evaluation(6, 0.35)])
     assert "the two 95% intervals overlap." in Page(write_report(run)).text
 
 

@@ -658,7 +658,7 @@ def test_two_real_processes_sum_and_gather(tmp_path: Path, monkeypatch: pytest.M
         total = distributed.sum_across(torch.tensor([1.0 + rank]))
         doubles = torch.full((5,), 10.0 * (1 + rank), dtype=torch.float64)
         gradients = [torch.full((3, 2), 1.0 + rank), doubles, torch.full((2, 4), 2.0 + rank).t()]
-        distributed.sum_gradients(gradients, bucket_bytes=30)
+        distributed.sum_gradients(gradients, bucket_bytes=64)
         distributed.barrier()
         gathered = distributed.gather_objects({"rank": rank, "text": "é" * (1 + 5 * rank)})
         sums = [gradient.unique().tolist() for gradient in gradients]

@@ -641,6 +641,14 @@ def test_stop_strings_end_a_completion_and_stay_in_it() -> None:
     assert 3 <= num_stopped < 18
 
 
+def test_eos_ends_a_completion_beside_stop_strings() -> None:
+    model, prompts, eos = tiny_model("llama"), make_prompts([3, 6, 5]), (5, 6, 7)
+    without, beside = (sample(model, prompts, 2, eos=eos, stop=stop) for stop in ((), ("zzzz",)))
+    assert not without.truncated.all()
+    assert torch.equal(without.completion_ids, beside.completion_ids)
+    assert torch.equal(without.truncated, beside.truncated)
+
+
 def test_a_stop_string_does_not_reach_back_into_the_prompt() -> None:
     model, tokenizer = tiny_model("llama"), letters_tokenizer()
     first = tokenizer.decode(sample(model, make_prompts([3]), 1, max_completion_length=1).completion_ids[0, 0].tolist())

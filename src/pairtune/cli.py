@@ -99,7 +99,16 @@ def _run(argv: list[str]) -> None:
     if verb.config is None:
         print(_handover(verb)(Path(values["run"]), output=values["output"]))
     elif (config := _read_config(verb, values)) is not None:
-        _handover(verb)(config)
+        function = _handover(verb)
+        _hide_progress_bars()
+        function(config)
+
+
+def _hide_progress_bars() -> None:
+    """Those of transformers: they would be drawn across our own display."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _handover(verb: Verb) -> Any:

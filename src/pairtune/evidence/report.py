@@ -19,7 +19,7 @@ import torch
 from pairtune.errors import PairtuneError
 from pairtune.maths.statistics import bootstrap_difference
 from pairtune.runs import folder
-from pairtune.runs.display import Row, clean, duration, evaluation_rows, is_number, prompt_text, table_cells
+from pairtune.runs.display import LEGEND, Row, clean, duration, evaluation_rows, is_number, prompt_text, table_cells
 from pairtune.runs.metrics import read_jsonl
 
 Line = dict[str, Any]
@@ -81,6 +81,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
         "verdict": _verdict(evaluations, change),
         "facts": _facts(metrics, evaluations, config),
         "table": table_cells(before, after, [] if change is None else [change]),
+        "legend": LEGEND,
         "paired": change is not None,
         "first_step": evaluations[0]["step"] if evaluations else None,
         "last_step": evaluations[-1]["step"] if evaluations else None,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pairtune.errors import PairtuneError
@@ -208,7 +209,7 @@ class _loading:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
-        if isinstance(error, (OSError, KeyError, ValueError)) and not isinstance(error, PairtuneError):
+        if isinstance(error, (OSError, KeyError, ValueError, SafetensorError)) and not isinstance(error, PairtuneError):
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise PairtuneError(
                 f"model: the {self.what} of {self.name!r} could not be loaded ({first.strip()[:200]}); give a hub id "

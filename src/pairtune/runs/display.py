@@ -32,17 +32,23 @@ Row = tuple[str, float | None, float | None, float | None]
 
 QUANTITIES = {
     "reward": ("reward", "{:.3f}"),
-    "kl": ("KL to the reference (nats)", "{:.2f}"),
-    "kl_k1": ("KL by k1, a cross-check (nats)", "{:.2f}"),
-    "kl_per_token": ("KL a token (nats)", "{:.3f}"),
-    "length": ("length (tokens)", "{:.1f}"),
-    "truncated": ("unfinished completions", "{:.1%}"),
-    "entropy": ("entropy (nats a token)", "{:.2f}"),
+    "kl": ("KL", "{:.2f}"),
+    "kl_k1": ("KL by k1", "{:.2f}"),
+    "kl_per_token": ("KL/token", "{:.3f}"),
+    "length": ("length", "{:.1f}"),
+    "truncated": ("unfinished", "{:.1%}"),
+    "entropy": ("entropy/token", "{:.2f}"),
     "distinct_2": ("distinct-2", "{:.3f}"),
-    "ref_nats_per_token": ("nats a token under the reference", "{:.2f}"),
-    "strongest_word_share": ("VADER's 20 strongest words", "{:.1%}"),
+    "ref_nats_per_token": ("ref. nats/token", "{:.2f}"),
+    "strongest_word_share": ("strongest words", "{:.1%}"),
 }
 """What an evaluation may hold: name in evaluations.jsonl -> label and format."""
+
+LEGEND = (
+    "KL: nats a completion, to the reference; by k1: a second estimate, as a check. ref. nats/token: how unlikely the "
+    "reference finds the text. Length in tokens, entropy in nats."
+)
+"""What the short labels mean, to stand below a table of them."""
 
 FORMATS = dict(QUANTITIES.values())
 QUIET_SECONDS = 5.0
@@ -374,13 +380,15 @@ def evaluation_table(
 ) -> Table:
     """Before against after, each with its 95% interval. `change` gives the rows of the change where an interval of the
     change itself is known (paired by prompt); else the plain difference is shown."""
-    table = Table(box=box.SIMPLE_HEAD, title=Text(title, style="bold"), title_justify="left")
-    table.add_column("")
+    # Narrow enough for 80 columns: a number and its interval on one line.
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title, style="bold"), title_justify="left", show_edge=False)
+    table.padding = (0, 0)
+    table.add_column("", no_wrap=True)
     for name in ("before", "after", "change"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for cells in table_cells(before, after, change):
         table.add_row(*(Text(cell, style="bold" if i == 2 else "") for i, cell in enumerate(cells)))
-    table.caption = "in brackets: 95% interval over prompts"
+    table.caption = f"In brackets: 95% interval over prompts. {LEGEND}"
     table.caption_justify = "left"
     return table
 

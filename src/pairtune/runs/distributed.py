@@ -88,7 +88,7 @@ def sum_gradients(gradients: Sequence[Tensor], bucket_bytes: int = BUCKET_BYTES)
     size = 0
     for gradient in gradients:
         nbytes = gradient.numel() * gradient.element_size()
-        if bucket and (size + nbytes > bucket_bytes or gradient.dtype != bucket[0].dtype):
+        if bucket and size + nbytes > bucket_bytes:
             _sum_bucket(bucket)
             bucket, size = [], 0
         bucket.append(gradient)

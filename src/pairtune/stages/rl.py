@@ -85,6 +85,8 @@ def train(
         )
         train_prompts.step_rows(config.seed, 0, config.batch_size)  # refuses a dataset smaller than a batch
         rewards = load_rewards(config, tokenizer, train_prompts, reward_funcs)
+        if eval_prompts is not None:
+            rewards.check(eval_prompts)
 
         done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
         display = stack.enter_context(
@@ -216,7 +218,8 @@ def _loop(
 
         # Log, evaluate, save, in this order: a checkpoint vouches for every line before it.
         progress.step += 1
-        metrics = {**_step_metrics(collected, experience, progress), **collected.metrics, **update_metrics}
+        # What reward functions log comes first: it may not stand in for a metric of ours.
+        metrics = {**collected.metrics, **_step_metrics(collected, experience, progress), **update_metrics}
         metrics = _averaged(metrics)
         last_step_time = time.perf_counter() - step_start
         tokens = metrics["completions/mean_length"] * config.batch_size * config.num_generations
@@ -252,9 +255,10 @@ def _loop(
 
 
 def _averaged(metrics: dict[str, float]) -> dict[str, float]:
-    """The mean over processes; each holds an equal share of the batch."""
+    """The mean over the processes that have a metric; each holds an equal share of the batch."""
     everywhere = distributed.gather_objects(metrics)
-    return {name: statistics.fmean(one[name] for one in everywhere if name in one) for name in metrics}
+    names = dict.fromkeys(name for one in everywhere for name in one)
+    return {name: statistics.fmean(one[name] for one in everywhere if name in one) for name in names}
 
 
 # --------------------------------------------------------------------------------------------------------------- update
