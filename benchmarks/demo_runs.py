@@ -27,7 +27,7 @@ QUANTITIES = ("reward", "kl", "distinct_2", "ref_nats_per_token", "length", "tru
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the run folders stand")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders stand")
     arguments = parser.parse_args()
     folders = {seed: arguments.runs / f"demo-seed-{seed}" for seed in arguments.seeds}
     for seed, folder in folders.items():
@@ -36,6 +36,7 @@ def main() -> None:
             subprocess.run([*command, "--overwrite"], check=True)
     runs = [read_run(seed, folder) for seed, folder in folders.items()]
     environment = json.loads((next(iter(folders.values())) / "environment.json").read_text())
+    environment.pop("command", None)  # it holds a path of the machine
     record = {
         "command": f"python benchmarks/demo_runs.py --seeds {' '.join(map(str, arguments.seeds))}",
         "environment": environment,
@@ -77,8 +78,7 @@ def as_markdown(record: dict[str, Any]) -> str:
         "",
         f"`{record['command']}`",
         "",
-        "Machine and versions: "
-        + "; ".join(f"{key} {value}" for key, value in environment.items() if key not in ("command", "extra")),
+        "Machine and versions: " + "; ".join(f"{key} {value}" for key, value in environment.items()),
         "",
         "In brackets: 95% interval over the held-out prompts of one run (for the clip ratio: lowest and highest step).",
     ]

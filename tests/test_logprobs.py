@@ -243,6 +243,20 @@ def test_chunked_gradient(head_trained: bool, with_bias: bool, chunk: int) -> No
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+def test_a_gradient_that_is_there_is_added_to_in_place() -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    completions = ragged_batch()
+    scorer = Scorer(model, shared=True)
+    layout = scorer.layout(completions)
+    scorer.logprobs(layout)[0].sum().backward()
+    once = {name: p.grad.clone() for name, p in model.named_parameters()}
+    buffer = model.lm_head.weight.grad
+    scorer.logprobs(layout)[0].sum().backward()
+    assert model.lm_head.weight.grad is buffer
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * once[name], rtol=1e-5, atol=1e-6)
+
+
 def test_divergence_is_exactly_zero_for_a_copy_and_right_for_another() -> None:
     completions = ragged_batch()
     model, other = tiny("llama"), tiny("llama", initializer_range=0.2)
@@ -270,6 +284,8 @@ def peak_above_start(code: str) -> int:
         hidden = torch.randn(num_tokens, hidden_size, requires_grad=True)
         weight = (torch.randn(vocab_size, hidden_size) / hidden_size**0.5).requires_grad_()
         targets = torch.randint(0, vocab_size, (num_tokens,))
+        # As from the second micro-batch on: the gradient to add to is there, on both sides.
+        weight.grad = torch.full_like(weight, 1.0)
         torch.ones(64, 64) @ torch.ones(64, 64)
         def resident(field):
             return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
@@ -281,7 +297,7 @@ def peak_above_start(code: str) -> int:
     return textwrap.dedent(program).replace("CODE", code)
 
 
-OURS = "chunked_logprobs(hidden, weight, targets)[0].sum().backward()"
+OURS = "chunked_logprobs(hidden, weight, targets, weight_grad=weight.grad)[0].sum().backward()"
 FULL = "(hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()"
 
 

@@ -7,23 +7,20 @@ from typing import Any
 
 from pairtune.config import SampleConfig
 from pairtune.data import RawPrompts
-from pairtune.errors import PairtuneError
 from pairtune.experience import decode, sampling_params
 from pairtune.models.loading import choose_device, choose_dtype, eos_ids, load_causal_lm, load_tokenizer
 from pairtune.models.sampler import HFSampler
-from pairtune.runs import checkpoint, folder
 from pairtune.runs.display import clean
 from pairtune.types import Prompt
 
 
 def sample(config: SampleConfig) -> None:
     """Answer one prompt, or, without one, hold a conversation until end of input."""
-    name = newest_weights(config.model)
     device = choose_device(config.device)
     dtype, _ = choose_dtype(config.dtype, device)
-    tokenizer = load_tokenizer(name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
     model = load_causal_lm(
-        name,
+        config.model,
         dtype=dtype,
         device=device,
         attn_implementation=config.attn_implementation,
@@ -36,16 +33,6 @@ def sample(config: SampleConfig) -> None:
             print(clean(text).strip())
     else:
         _converse(config, sampler, tokenizer)
-
-
-def newest_weights(model: str) -> str:
-    """A run folder stands for its newest checkpoint; any other name for itself."""
-    if not folder.is_run_folder(model):
-        return model
-    path = checkpoint.latest(model)
-    if path is None:
-        raise PairtuneError(f"the run folder {model} has no checkpoint yet; wait for the run to save one.")
-    return str(path)
 
 
 def answers(config: SampleConfig, sampler: HFSampler, tokenizer: Any, prompt: Prompt, turn: int = 0) -> list[str]:

@@ -139,7 +139,8 @@ class ModelWords(Words):
     topic = "model"
 
     model: Annotated[str, Field(min_length=1)]
-    """The policy: a hub id, a local folder, or `smollm2-135m-instruct-q4` (comes as a package, no hub needed)."""
+    """The policy: a hub id, a local folder, a run folder (its newest checkpoint), or `smollm2-135m-instruct-q4` (comes
+    as a package, no hub needed)."""
     model_revision: str | None = None
     """Branch, tag or commit of a hub model; null: its main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -147,7 +148,7 @@ class ModelWords(Words):
     device: Annotated[
         str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"), Allowed("auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
     ] = "auto"
-    """Where to compute; auto: the accelerator if there is one, else the CPU."""
+    """Where to compute; auto: CUDA if there is a GPU, else the CPU."""
     num_threads: PositiveInt | None = None
     """CPU threads; null: torch's own choice. A resumed run is bit-equal only at the same number."""
     attn_implementation: str = "sdpa"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from pairtune.config import EvaluateConfig
 from pairtune.data import PromptDataset, load_eval_prompts
 from pairtune.errors import PairtuneError
-from pairtune.experience import decode, sampling_params, trunk_features
-from pairtune.feedback.rewards import RewardSet, load_rewards
+from pairtune.experience import decode, sampling_params
+from pairtune.feedback.rewards import RewardSet, Scores, load_rewards
 from pairtune.maths.masking import masked_sum
 from pairtune.maths.statistics import Interval, bootstrap_mean, bootstrap_ratio, distinct_n_interval
 from pairtune.models.loading import (
@@ -28,6 +29,7 @@ from pairtune.models.loading import (
     eos_ids,
     load_causal_lm,
     load_tokenizer,
+    refuse_other_heads,
 )
 from pairtune.models.logprobs import Scorer, can_share_prefix, causal_lm, divergence
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler, Sampler
@@ -57,6 +59,7 @@ def evaluate_policy(
     a mean with its 95% interval.
     """
     num_prompts = min(len(dataset), config.num_eval_prompts or len(dataset))
+    state = SimpleNamespace(global_step=step, max_steps=getattr(config, "max_steps", step))
     per_batch = batch_size or max(1, EVALUATION_BATCH // config.eval_generations)
     columns: dict[str, list[Tensor]] = {}
     samples: list[dict[str, Any]] = []
@@ -68,9 +71,9 @@ def evaluate_policy(
             prompts, config.eval_generations, sampling_params(config), seed=config.seed, stream=EVALUATION_STREAM
         )
         texts = decode(policy.tokenizer, completions)
-        scores = rewards.score(prompts, completions, texts, update_scale=False)
+        scores = rewards.score(prompts, completions, texts, trainer_state=state, update_scale=False)
         layout = policy.scorer.layout(completions)
-        features = trunk_features(policy, layout, None)
+        features = policy.scorer.features(layout)
         compared = divergence(
             policy.scorer,
             policy.reference,
@@ -97,7 +100,7 @@ def evaluate_policy(
         ids = torch.full((*mask.shape[:2], width), -1)
         ids[..., : mask.shape[-1]] = completions.completion_ids.masked_fill(~mask, -1).cpu()
         all_ids.append(ids)
-        samples += _samples(dataset, rows, texts, scores.raw_rewards, completions.truncated, step)
+        samples += _samples(dataset, rows, texts, scores, completions.truncated, step)
         advance(len(rows))
     table = {name: torch.cat(parts) for name, parts in columns.items()}
     intervals = _intervals(table, torch.cat(all_ids))
@@ -139,17 +142,20 @@ def load_pair(config: EvaluateConfig, tokenizer: Any) -> LoadedPolicy:
     device = choose_device(config.device)
     dtype, why = choose_dtype(config.dtype, device)
 
-    def load(name: str) -> Any:
-        return load_causal_lm(
+    def load(name: str, revision: str | None) -> Any:
+        loaded = load_causal_lm(
             name,
             dtype=dtype,
             device=device,
             attn_implementation=config.attn_implementation,
+            revision=revision,
             trust_remote_code=config.trust_remote_code,
         )
+        refuse_other_heads(loaded)
+        return loaded
 
-    model = load(config.model)
-    other = model if config.ref_model is None else load(config.ref_model)
+    model = load(config.model, config.model_revision)
+    other = model if config.ref_model is None else load(config.ref_model, None)
     sizes = [causal_lm(m).get_output_embeddings().weight.shape[0] for m in (model, other)]
     if sizes[0] != sizes[1]:
         raise PairtuneError(
@@ -191,7 +197,7 @@ def _intervals(table: dict[str, Tensor], ids: Tensor) -> dict[str, Interval]:
 
 
 def _samples(
-    dataset: PromptDataset, rows: list[int], texts: list[list[str]], rewards: Tensor, truncated: Tensor, step: int
+    dataset: PromptDataset, rows: list[int], texts: list[list[str]], scores: Scores, truncated: Tensor, step: int
 ) -> list[dict[str, Any]]:
     return [
         {
@@ -201,7 +207,7 @@ def _samples(
             "prompt": dataset.prompts[row],
             "completion_index": k,
             "completion": text,
-            "reward": float(rewards[i, k]),
+            "reward": float(scores.raw_rewards[i, k]) if scores.reward_mask[i, k] else None,
             "truncated": bool(truncated[i, k]),
         }
         for i, row in enumerate(rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from pairtune.feedback.rewards import RewardSet
 from pairtune.models.loading import LoadedPolicy
 from pairtune.models.logprobs import Layout
 from pairtune.models.sampler import Sampler, SamplingParams
+from pairtune.runs import distributed
 from pairtune.types import Completions, Experience, Prompts
 
 Phase = Callable[..., AbstractContextManager[Callable[[float], None]]]
@@ -62,32 +63,42 @@ def decode(tokenizer: Any, completions: Completions) -> list[list[str]]:
     return [texts[i : i + num_generations] for i in range(0, len(texts), num_generations)]
 
 
-def micro_batches(num_prompts: int, size: int | None, device: torch.device) -> tuple[Tensor, ...]:
-    """Indices of the prompts, in order, `size` at a time (all at once where None)."""
-    return torch.arange(num_prompts, device=device).split(size or num_prompts)
+def first_pass(config: TrainConfig, num_prompts: int, device: torch.device) -> list[Tensor]:
+    """Indices of the prompts in each micro-batch of the first pass over this process's share of a batch.
+
+    The reference and the old policy are evaluated in the same cuts: a matrix product of another shape may round
+    otherwise.
+    """
+    minibatch_size = minibatch_share(config)
+    minibatches = torch.arange(num_prompts, device=device).split(minibatch_size)
+    return [
+        prompts for minibatch in minibatches for prompts in minibatch.split(config.micro_batch_size or minibatch_size)
+    ]
+
+
+def minibatch_share(config: TrainConfig) -> int:
+    """Prompts an optimizer update on one process."""
+    return (config.minibatch_size or config.batch_size) // distributed.world_size()
 
 
 @torch.no_grad()
 def reference_logprobs(
-    policy: LoadedPolicy, layout: Layout, features: Tensor | None, *, temperature: float, micro_batch_size: int | None
+    policy: LoadedPolicy, layout: Layout, features: Tensor | None, cuts: Sequence[Tensor], *, temperature: float
 ) -> Tensor:
-    """(P, K, T) under the reference, cut into the same micro-batches as the policy's passes: the same arithmetic."""
+    """(P, K, T) under the reference; `cuts` hold all prompts in order."""
     parts = []
-    for prompts in micro_batches(layout.mask.shape[0], micro_batch_size, layout.mask.device):
+    for prompts in cuts:
         part = None if features is None else layout.rows(prompts, features)
         parts.append(policy.reference.logprobs(layout.select(prompts), part, temperature=temperature)[0])
     return torch.cat(parts)
 
 
 @torch.no_grad()
-def trunk_features(policy: LoadedPolicy, layout: Layout, micro_batch_size: int | None) -> Tensor | None:
+def trunk_features(policy: LoadedPolicy, layout: Layout, cuts: Sequence[Tensor]) -> Tensor | None:
     """(R, W, H) what the frozen trunk makes of the batch, or None where nothing is frozen."""
     if policy.scorer.trunk is None:
         return None
-    parts = [
-        policy.scorer.features(layout.select(prompts))
-        for prompts in micro_batches(layout.mask.shape[0], micro_batch_size, layout.mask.device)
-    ]
+    parts = [policy.scorer.features(layout.select(prompts)) for prompts in cuts]
     return torch.cat([part for part in parts if part is not None])
 
 
@@ -119,10 +130,9 @@ def collect(
         scores = rewards.score(prompts, completions, texts, trainer_state=state)
     with phase("ref_logprobs", "reference log-probabilities"):
         layout = policy.scorer.layout(completions)
-        features = trunk_features(policy, layout, config.micro_batch_size)
-        ref_logprobs = reference_logprobs(
-            policy, layout, features, temperature=config.temperature, micro_batch_size=config.micro_batch_size
-        )
+        cuts = first_pass(config, len(prompts), policy.device)
+        features = trunk_features(policy, layout, cuts)
+        ref_logprobs = reference_logprobs(policy, layout, features, cuts, temperature=config.temperature)
     experience = Experience(
         completions=completions,
         rewards=scores.rewards.to(policy.device),

@@ -160,11 +160,17 @@ def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code:
         tokenizer = AutoTokenizer.from_pretrained(
             resolve_model(name), revision=revision, trust_remote_code=trust_remote_code
         )
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: Any) -> Any:
+    """The tokenizer, with EOS as its pad token if it had none."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise PairtuneError(
-            f"model: the tokenizer of {name!r} has neither a pad nor an EOS token; give it one and save it."
+            f"model: the tokenizer of {tokenizer.name_or_path!r} has neither a pad nor an EOS token; give it one and "
+            "save it."
         )
     return tokenizer
 
@@ -279,13 +285,10 @@ def load_policy(
     else:
         if tokenizer is None:
             raise PairtuneError("model: a model passed in memory needs its tokenizer too; pass tokenizer=....")
+        tokenizer = with_pad_token(tokenizer)
         model = disable_dropout(name).to(torch_device).eval()
         torch_dtype = next(model.parameters()).dtype
-    if not check_head(model):
-        raise PairtuneError(
-            f"model: {causal_lm(model).config.model_type!r} does more to its logits than a linear head (a soft cap or "
-            "a scale), which pairtune does not compute; choose another model."
-        )
+    refuse_other_heads(model)
     shared = can_share_prefix(model)
     notes.append(
         "prompts are encoded once for all their completions"
@@ -320,6 +323,15 @@ def load_policy(
         dtype=torch_dtype,
         notes=notes,
     )
+
+
+def refuse_other_heads(model: Any) -> None:
+    """Raises PairtuneError for a model whose logits are not its output embedding applied to its last hidden states."""
+    if not check_head(model):
+        raise PairtuneError(
+            f"model: {causal_lm(model).config.model_type!r} does more to its logits than a linear head (a soft cap or "
+            "a scale), which pairtune does not compute; choose another model."
+        )
 
 
 def frozen_copy(model: Any) -> Any:

@@ -180,16 +180,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
         temperature: float,
         chunk: int,
         with_entropy: bool,
+        weight_grad: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        hidden_grad, weight_grad, bias_grad = ctx.needs_input_grad[:3]
-        ctx.head_trained = weight_grad or bias_grad
+        hidden_trained, weight_trained, bias_trained = ctx.needs_input_grad[:3]
+        ctx.head_trained = weight_trained or bias_trained
         accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logprobs = torch.empty(len(targets), dtype=accumulate, device=hidden.device)
         entropies = torch.zeros_like(logprobs)
         # With a frozen head the derivative by the hidden state does not depend on anything that comes later: it is
         # formed here, while the chunk's softmax is at hand, and the backward pass needs no product with the vocabulary
         # at all.
-        jacobian = torch.empty_like(hidden) if hidden_grad and not ctx.head_trained else None
+        jacobian = torch.empty_like(hidden) if hidden_trained and not ctx.head_trained else None
         normaliser = torch.empty_like(logprobs)
         for rows in _chunks(len(targets), chunk):
             logits = _chunk_logits(hidden[rows], weight, bias, temperature)
@@ -210,10 +211,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if jacobian is not None:
                 expected = torch.mm(probs.div_(mass[:, None]).to(weight.dtype), weight)
                 jacobian[rows] = torch.sub(weight[targets[rows]], expected).div_(temperature)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature, ctx.chunk, ctx.weight_grad = temperature, chunk, weight_grad
         if jacobian is not None:
             ctx.save_for_backward(jacobian)
-        elif hidden_grad or ctx.head_trained:
+        elif ctx.head_trained:
             ctx.save_for_backward(hidden, weight, bias, targets, normaliser)
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
@@ -222,10 +223,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.head_trained:
             (jacobian,) = ctx.saved_tensors
-            return jacobian * grad[:, None].to(jacobian.dtype), None, None, None, None, None, None
+            return jacobian * grad[:, None].to(jacobian.dtype), *[None] * 7
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        weight_grad = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        weight_grad = ctx.weight_grad
+        if weight_grad is None and ctx.needs_input_grad[1]:
+            weight_grad = torch.zeros_like(weight)
         bias_grad = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         for rows in _chunks(len(targets), ctx.chunk):
             logits = _chunk_logits(hidden[rows], weight, bias, ctx.temperature)
@@ -239,7 +242,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 weight_grad.addmm_(logits_grad.T, hidden[rows])
             if bias_grad is not None:
                 bias_grad.add_(logits_grad.sum(0))
-        return hidden_grad, weight_grad, bias_grad, None, None, None, None
+        return hidden_grad, weight_grad if ctx.weight_grad is None else None, bias_grad, *[None] * 5
 
 
 def chunked_logprobs(
@@ -251,6 +254,7 @@ def chunked_logprobs(
     temperature: float = 1.0,
     chunk: int | None = None,
     with_entropy: bool = False,
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of tokens under a linear head, without ever holding all tokens by the whole vocabulary.
 
@@ -259,12 +263,13 @@ def chunked_logprobs(
     `with_entropy`). float32, or float64 where `hidden` is. `chunk` tokens meet the vocabulary at a time; logits are
     divided by `temperature`.
 
-    The memory above the inputs is that of one or two chunks of logits, and of the head's own gradient, which is
-    accumulated in place.
+    The memory above the inputs is that of a few chunks of logits and of the head's own gradient. `weight_grad` (V, H),
+    a gradient that is there already, takes even that away: the backward pass adds to it in place and hands autograd
+    none.
     """
     if chunk is None:
         chunk = chunk_tokens(weight.shape[0], weight.device)
-    return _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk, with_entropy)
+    return _ChunkedLogprobs.apply(hidden, weight, bias, targets, temperature, chunk, with_entropy, weight_grad)
 
 
 # --------------------------------------------------------------------------------------------------------------- scorer
@@ -343,6 +348,9 @@ class Scorer:
             bias=bias,
             temperature=temperature,
             with_entropy=with_entropy,
+            # From the second micro-batch on there is a gradient to add to. One of lower precision goes through its
+            # master.
+            weight_grad=weight.grad if weight.is_leaf and weight.dtype == torch.float32 else None,
         )
         empty = torch.zeros(layout.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
         return empty.masked_scatter(layout.mask, logprobs), empty.masked_scatter(layout.mask, entropies)

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pairtune.errors import PairtuneError
+from pairtune.runs import checkpoint
+from pairtune.runs.folder import is_run_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,17 +79,25 @@ def resolve_model(name: str, *, cache_dir: Path | None = None) -> str:
     """What to hand to `from_pretrained` for the model `name`.
 
     Args:
-        name: a hub id `owner/name` or a local folder, both returned unchanged, or `smollm2-135m-instruct-q4`.
+        name: a hub id `owner/name` or a local folder, both returned unchanged, a run folder, or
+            `smollm2-135m-instruct-q4`.
         cache_dir: where converted weights are kept; `default_cache_dir()` if None.
 
     Returns:
-        `name` itself, or the folder of the converted checkpoint (270 MB; the first call takes some 10 s).
+        `name` itself, a run's newest checkpoint, or the folder of the converted checkpoint (270 MB; the first call
+        takes some 10 s).
 
     Raises:
-        PairtuneError: `name` is none of these, the package with the weights is missing, or the cache cannot be written.
+        PairtuneError: `name` is none of these, the run has no checkpoint yet, the package with the weights is missing,
+            or the cache cannot be written.
     """
     if name == SMOLLM2_Q4:
         return str(_converted_smollm2(cache_dir or default_cache_dir()))
+    if is_run_folder(name):
+        newest = checkpoint.latest(name)
+        if newest is None:
+            raise PairtuneError(f"the run folder {name} has no checkpoint yet; wait for the run to save one.")
+        return str(newest)
     # A path that does not exist (yet) passes as well: what a folder must hold is for whoever loads it to say.
     if "/" in name or os.sep in name or (name and Path(name).exists()):
         return name

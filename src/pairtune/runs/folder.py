@@ -120,10 +120,8 @@ def create(output_dir: str | Path, config_yaml: str, *, overwrite: bool = False,
     Raises PairtuneError for every refusal, before anything is changed.
     """
     path = Path(output_dir)
-    if overwrite and resume:
-        raise PairtuneError("resume and overwrite are both set; choose --resume to go on or --overwrite to begin again")
     # Once before the lock file is made, so that a folder of somebody else stays untouched; and once under the lock.
-    _refuse(path, config_yaml, overwrite, resume)
+    check(path, config_yaml, overwrite=overwrite, resume=resume)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = _lock(path)
@@ -132,7 +130,7 @@ def create(output_dir: str | Path, config_yaml: str, *, overwrite: bool = False,
             f"output_dir {path} could not be made ({error.strerror}); choose another --output_dir"
         ) from error
     try:
-        _refuse(path, config_yaml, overwrite, resume)
+        check(path, config_yaml, overwrite=overwrite, resume=resume)
         if overwrite:
             _remove_run(path)
         tidy(path)
@@ -168,7 +166,11 @@ def is_run_folder(path: str | Path) -> bool:
     return (path / LOCK).is_file() or ((path / CONFIG).is_file() and (path / ENVIRONMENT).is_file())
 
 
-def _refuse(path: Path, config_yaml: str, overwrite: bool, resume: bool) -> None:
+def check(output_dir: str | Path, config_yaml: str, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Raises PairtuneError where `create` would refuse a run folder as it is; changes nothing."""
+    path = Path(output_dir)
+    if overwrite and resume:
+        raise PairtuneError("resume and overwrite are both set; choose --resume to go on or --overwrite to begin again")
     if not path.exists():
         return
     if not path.is_dir():

@@ -4,12 +4,15 @@ events."""
 from __future__ import annotations
 
 import contextlib
+import json
 import math
+import os
 import signal
 import statistics
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +26,7 @@ from pairtune.config import TrainConfig, config_to_yaml, warnings_for
 from pairtune.data import PromptDataset, load_prompts, shard
 from pairtune.errors import PairtuneError
 from pairtune.evaluation import evaluate_policy
-from pairtune.experience import Collected, Phase, collect, micro_batches
+from pairtune.experience import Collected, Phase, collect, first_pass, minibatch_share
 from pairtune.feedback.rewards import RewardSet, load_rewards
 from pairtune.maths.masking import masked_mean, masked_sum
 from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
@@ -72,10 +75,9 @@ def train(
     with contextlib.ExitStack() as stack:
         # What can be refused is refused before the model is loaded.
         run_dir = Path(config.output_dir)
+        run_folder = (run_dir, config_to_yaml(config))
         if distributed.is_main():
-            stack.enter_context(
-                folder.create(run_dir, config_to_yaml(config), overwrite=config.overwrite, resume=config.resume)
-            )
+            folder.check(*run_folder, overwrite=config.overwrite, resume=config.resume)
         if tokenizer is None:
             tokenizer = load_tokenizer(
                 config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
@@ -90,7 +92,7 @@ def train(
 
         done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
         display = stack.enter_context(
-            Display(config.max_steps, max_minutes=config.max_minutes, rewards=[line["reward"] for line in done])
+            Display(config.max_steps, max_minutes=config.max_minutes, rewards=[line.get("reward") for line in done])
         )
         for sentence in warnings_for(config):
             display.message(f"note: {sentence}")
@@ -103,7 +105,7 @@ def train(
             policy = load_policy(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,
-                dtype=config.dtype,
+                dtype=_compute_dtype(config, run_dir),
                 device=config.device if device is None else str(device),
                 attn_implementation=config.attn_implementation,
                 trainable_layers=config.trainable_layers,
@@ -116,7 +118,21 @@ def train(
             )
         for note in policy.notes:
             display.message(note)
+        # Only now: whatever was refused above leaves no folder behind, and an earlier run as it was.
+        if distributed.is_main():
+            stack.enter_context(folder.create(*run_folder, overwrite=config.overwrite, resume=config.resume))
+        distributed.barrier()
         return _loop(config, policy, rewards, train_prompts, eval_prompts, run_dir, display, stack)
+
+
+def _compute_dtype(config: TrainConfig, run_dir: Path) -> str:
+    """The precision to ask for. Measured anew, `auto` could come out otherwise when a run goes on: the first answer
+    stands."""
+    if config.resume and config.dtype == "auto":
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            environment = json.loads((run_dir / folder.ENVIRONMENT).read_text("utf-8"))
+            return str(environment["compute_dtype"]).removeprefix("torch.")
+    return config.dtype
 
 
 def _check_shares(config: TrainConfig) -> None:
@@ -159,8 +175,9 @@ def _loop(
                 config_dict=config.model_dump(),
             )
         )
-    stop = stack.enter_context(_stop_on_signals(display))
+    stop = stack.enter_context(_stop_on_signals())
     started = time.perf_counter() - progress.seconds
+    display.begin(progress.step, progress.seconds)
     last_step_time = 0.0
 
     @contextlib.contextmanager
@@ -177,6 +194,7 @@ def _loop(
             log.log_evaluation(evaluation)
             log.log_samples(samples)
             display.evaluation(evaluation)
+        progress.evaluated_step = progress.step
         distributed.barrier()
 
     def save() -> None:
@@ -189,13 +207,16 @@ def _loop(
     def should_stop() -> bool:
         elapsed = time.perf_counter() - started
         late = config.max_minutes is not None and elapsed + last_step_time > 60 * config.max_minutes
-        # Every process must come to the same answer: one that leaves would leave the others waiting.
-        return bool(distributed.sum_across(torch.tensor(int(late or stop.requested), device=policy.device)))
+        # Every process must come to the same answers: one that leaves would leave the others waiting.
+        answers = torch.tensor([int(late), int(stop.requested)], device=policy.device)
+        num_late, num_requested = distributed.sum_across(answers).tolist()
+        stop.agreed = num_requested > 0
+        return stop.agreed or num_late > 0
 
     if progress.step == 0:
         evaluate()
     saved_step = progress.step
-    while progress.step < config.max_steps and not should_stop():
+    while not should_stop() and progress.step < config.max_steps:
         step_start = time.perf_counter()
         progress.updates_in_step = 0
 
@@ -235,23 +256,23 @@ def _loop(
                 save()
                 saved_step = progress.step
 
-    if stop.requested:
+    if stop.agreed:
         save()
         display.message(
             f"stopped after step {progress.step} of {config.max_steps}; go on with: "
             f"pairtune train --resume --output_dir {run_dir}"
         )
-    elif progress.step > saved_step:
+    else:
         if progress.step < config.max_steps:
             display.message(
                 f"stopping after step {progress.step}: the next would pass max_minutes {config.max_minutes:g}"
             )
-        if not (config.eval_steps and progress.step % config.eval_steps == 0 and progress.step < config.max_steps):
+        if progress.evaluated_step < progress.step:
             evaluate()
-        save()
-    return TrainResult(
-        run_dir, progress.step, finished=not stop.requested, model=policy.model, tokenizer=policy.tokenizer
-    )
+            save()
+        elif progress.step > saved_step:
+            save()
+    return TrainResult(run_dir, progress.step, finished=not stop.agreed, model=policy.model, tokenizer=policy.tokenizer)
 
 
 def _averaged(metrics: dict[str, float]) -> dict[str, float]:
@@ -275,7 +296,7 @@ def _update(
 ) -> tuple[Experience, dict[str, float]]:
     """`num_iterations` passes over a batch, each in minibatches of one optimizer update, each in micro-batches."""
     num_prompts = len(collected.experience.rewards)
-    minibatch_size = (config.minibatch_size or config.batch_size) // distributed.world_size()
+    minibatch_size = minibatch_share(config)
     one_update_a_pass = minibatch_size >= num_prompts
 
     # Old log-probabilities. Where a pass is one update, the first pass itself yields them: a forward pass saved.
@@ -283,7 +304,7 @@ def _update(
         old_logprobs = torch.zeros_like(collected.experience.ref_logprobs)
     else:
         with phase("old_logprobs", "old log-probabilities"):
-            old_logprobs = _old_logprobs(config, policy, collected, minibatch_size)
+            old_logprobs = _old_logprobs(config, policy, collected)
     experience = replace(collected.experience, old_logprobs=old_logprobs)
 
     metrics: dict[str, float] = {}
@@ -313,12 +334,13 @@ def _update(
         passes.append(totals)
     policy.model.eval()
 
-    for number, totals in enumerate(passes, 1):
+    everywhere = [totals.over_processes() for totals in passes]
+    for number, totals in enumerate(everywhere, 1):
         for name, value in totals.means().items():
             metrics[f"{name}/pass_{number}"] = value
             metrics[name] = value  # without a pass: the last one
-    metrics["loss"] = statistics.fmean(totals.loss for totals in passes)
-    metrics["entropy"] = passes[0].entropy()
+    metrics["loss"] = sum(totals.loss for totals in everywhere) / config.updates_per_step
+    metrics["entropy"] = everywhere[0].entropy()
     metrics["grad_norm"] = statistics.fmean(gradient_norms)
     metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
     return experience, metrics
@@ -336,13 +358,10 @@ def _logprobs(
 
 
 @torch.no_grad()
-def _old_logprobs(config: TrainConfig, policy: LoadedPolicy, collected: Collected, minibatch_size: int) -> Tensor:
+def _old_logprobs(config: TrainConfig, policy: LoadedPolicy, collected: Collected) -> Tensor:
     """(P, K, T) before the first update, cut as the first pass will cut them: the same arithmetic, so a first ratio of
     1."""
-    minibatches = micro_batches(len(collected.experience.rewards), minibatch_size, policy.device)
-    cuts = [
-        prompts for minibatch in minibatches for prompts in minibatch.split(config.micro_batch_size or minibatch_size)
-    ]
+    cuts = first_pass(config, len(collected.experience.rewards), policy.device)
     return torch.cat([_logprobs(config, policy, collected, prompts)[0] for prompts in cuts])
 
 
@@ -406,18 +425,28 @@ class Totals:
 
     def __init__(self) -> None:
         self.loss = 0.0
-        self._sums: dict[str, float] = {}
+        self._sums: Counter[str] = Counter()
         self._counted = 0
         self._entropy = 0.0
         self._tokens = 0
 
     def add(self, output: LossOutput, loss: Tensor, entropies: Tensor, completion_mask: Tensor) -> None:
         self.loss += loss.item()
-        for name, values in output.metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + masked_sum(values, output.mask).item()
+        self._sums.update({name: masked_sum(x, output.mask).item() for name, x in output.metrics.items()})
         self._counted += int(output.mask.sum())
         self._entropy += masked_sum(entropies, completion_mask).item()
         self._tokens += int(completion_mask.sum())
+
+    def over_processes(self) -> Totals:
+        """The same sums over the micro-batches of all processes."""
+        total = Totals()
+        for part in distributed.gather_objects(vars(self)):
+            total.loss += part["loss"]
+            total._sums.update(part["_sums"])
+            total._counted += part["_counted"]
+            total._entropy += part["_entropy"]
+            total._tokens += part["_tokens"]
+        return total
 
     def means(self) -> dict[str, float]:
         return {name: value / max(1, self._counted) for name, value in self._sums.items()}
@@ -431,35 +460,41 @@ class Totals:
 
 
 def _step_metrics(collected: Collected, experience: Experience, progress: Progress) -> dict[str, float]:
-    """What a step reports of its batch. `kl` is the plain estimate of the sequence KL of the sampling policy to the
-    reference."""
+    """What a step reports of its batch, over all processes. `kl` is the plain estimate of the sequence KL of the
+    sampling policy to the reference."""
     completions = experience.completions
-    mask, counts = completions.completion_mask, experience.reward_mask
-    lengths = completions.num_tokens.float()
-    ended = ~completions.truncated
-    old = experience.old_logprobs
+    mask, old = completions.completion_mask, experience.old_logprobs
     assert old is not None
-    kl = masked_sum(old - experience.ref_logprobs, mask, -1)
-    gap = (completions.sampler_logprobs - old).abs()
-    group_mean = masked_mean(experience.rewards, counts, -1)
-    group_std = masked_mean((experience.rewards - group_mean[:, None]) ** 2, counts, -1).sqrt()
-    tokens = int(mask.sum()) + int(completions.prompt_mask.sum())
-    progress.num_tokens += int(distributed.sum_across(torch.tensor(tokens)))
+    gap = (completions.sampler_logprobs - old).abs() * mask
+    rewards, counts = _of_all_processes(experience.rewards), _of_all_processes(experience.reward_mask)
+    kl = _of_all_processes(masked_sum(old - experience.ref_logprobs, mask, -1))
+    lengths = _of_all_processes(completions.num_tokens.float())
+    truncated = _of_all_processes(completions.truncated)
+    gap_sums, gap_peaks = _of_all_processes(gap.sum(-1)), _of_all_processes(gap.amax(-1))
+    group_mean = masked_mean(rewards, counts, -1)
+    group_std = masked_mean((rewards - group_mean[:, None]) ** 2, counts, -1).sqrt()
+    progress.num_tokens += int(lengths.sum() + _of_all_processes(completions.prompt_mask.sum(1)).sum())
     return {
-        "reward": masked_mean(experience.rewards, counts).item(),
+        "reward": masked_mean(rewards, counts).item(),
         "reward_std": group_std.mean().item(),
         "frac_reward_zero_std": (group_std == 0).float().mean().item(),
         "kl": kl.mean().item(),
-        "kl_per_token": (kl.sum() / mask.sum()).item(),
+        "kl_per_token": (kl.sum() / lengths.sum()).item(),
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
-        "completions/mean_terminated_length": masked_mean(lengths, ended).item(),
-        "completions/clipped_ratio": completions.truncated.float().mean().item(),
-        "sampling/logprob_difference/mean": masked_mean(gap, mask).item(),
-        "sampling/logprob_difference/max": (gap * mask).max().item(),
+        "completions/mean_terminated_length": masked_mean(lengths, ~truncated).item(),
+        "completions/clipped_ratio": truncated.float().mean().item(),
+        "sampling/logprob_difference/mean": (gap_sums.sum() / lengths.sum()).item(),
+        "sampling/logprob_difference/max": gap_peaks.max().item(),
         "num_tokens": float(progress.num_tokens),
     }
+
+
+def _of_all_processes(rows: Tensor) -> Tensor:
+    """The rows of every process, one below the other, on the CPU."""
+    parts = distributed.gather_objects(rows.tolist())
+    return torch.tensor([row for part in parts for row in part], dtype=rows.dtype)
 
 
 def _training_samples(
@@ -467,7 +502,8 @@ def _training_samples(
 ) -> list[dict[str, Any]]:
     """The first few completions of the batch, for samples.jsonl."""
     num_generations = config.num_generations
-    rewards, truncated = collected.experience.rewards, collected.experience.completions.truncated
+    rewards, counts = collected.experience.rewards, collected.experience.reward_mask
+    truncated = collected.experience.completions.truncated
     samples = []
     for index in range(min(config.num_completions_to_log, len(rows) * num_generations)):
         p, k = divmod(index, num_generations)
@@ -478,7 +514,7 @@ def _training_samples(
             "prompt": dataset.prompts[rows[p]],
             "completion_index": k,
             "completion": collected.texts[p][k],
-            "reward": rewards[p, k].item(),
+            "reward": rewards[p, k].item() if counts[p, k] else None,
             "truncated": bool(truncated[p, k]),
         }
         samples.append({**sample, **{name: values[index] for name, values in collected.extras.items()}})
@@ -500,6 +536,8 @@ class Progress:
     seconds: float = 0.0
     """Training time so far, over all resumes."""
     updates_in_step: int = 0
+    evaluated_step: int = -1
+    """The last step whose policy was evaluated on the held-out prompts."""
 
 
 def _optimizer(config: TrainConfig, policy: LoadedPolicy) -> torch.optim.AdamW:
@@ -573,7 +611,8 @@ def _restore(
     for name, master in zip(policy.masters.names, policy.masters.masters, strict=True):
         if f"{MOMENTS[0]}.{name}" in tensors:
             moments = {moment: tensors[f"{moment}.{name}"].to(master.device) for moment in MOMENTS}
-            optimizer.state[master] = {"step": torch.tensor(float(progress.num_updates)), **moments}
+            count = torch.tensor(float(progress.num_updates), device=master.device)
+            optimizer.state[master] = {"step": count, **moments}
     rewards.load_state_dict(state["rewards"])
     return progress
 
@@ -583,10 +622,12 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.agreed = False
+        """True once all processes know that one of them was asked."""
 
 
 @contextlib.contextmanager
-def _stop_on_signals(display: Display) -> Iterator[StopRequest]:
+def _stop_on_signals() -> Iterator[StopRequest]:
     """Finish the step, save, say how to go on. A second Ctrl-C stops at once."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -597,7 +638,8 @@ def _stop_on_signals(display: Display) -> Iterator[StopRequest]:
         if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.requested = True
-        display.message("stopping: this step is finished and saved first (Ctrl-C again to stop at once)")
+        # No print: a signal may come in the middle of one, and Python's streams are not reentrant.
+        os.write(2, b"\nstopping: this step is finished and saved first (Ctrl-C again to stop at once)\n")
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
