@@ -1,4 +1,4 @@
-"""kill -9 at any moment, then --resume: the weights and the log lines of the run that nobody killed, to the last bit."""
+"""kill -9 at any moment, then --resume: weights and log lines of the run that nobody killed, to the last bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import build_tiny_model
 from forked import Call, Forked
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pairtune import TrainConfig, train
 from pairtune.models import sampler
@@ -72,14 +72,20 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def before(owner: Any, name: str, call: int = 1, act: Callable[..., Any] = die) -> Callable[[], None]:
-    """A moment: when `owner.name` is called for the so-many-th time, `act` comes first (and nothing after it)."""
+def before(
+    owner: Any,
+    name: str,
+    call: int = 1,
+    act: Callable[..., Any] = die,
+    when: Callable[..., bool] = lambda *_, **__: True,
+) -> Callable[[], None]:
+    """A moment: when `owner.name` is called for the so-many-th time (of those that `when` picks), `act` comes first."""
 
     def arm() -> None:
         original, calls = getattr(owner, name), []
 
         def armed(*args: Any, **words: Any) -> Any:
-            calls.append(1)
+            calls.extend([1] if when(*args, **words) else [])
             if len(calls) == call:
                 act(*args, **words)
             return original(*args, **words)
@@ -87,6 +93,11 @@ def before(owner: Any, name: str, call: int = 1, act: Callable[..., Any] = die) 
         setattr(owner, name, armed)
 
     return arm
+
+
+def half_a_model(model: Any, path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"half")
+    die()
 
 
 def half_a_file(tensors: Any, path: Path) -> None:
@@ -120,9 +131,13 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "between the log lines and the first checkpoint": before(checkpoint, "save"),
     "between the log lines and a later checkpoint": before(checkpoint, "save", 2),
     "between the last evaluation and the last checkpoint": before(checkpoint, "save", 3),
-    "before the model is written": before(checkpoint, "save_file", 1),
+    "with half of a model written": before(PreTrainedModel, "save_pretrained", 2, half_a_model),
+    "between a model and the trainer's state": before(checkpoint, "save_file", 2),
     "with half of the trainer's state written": before(checkpoint, "save_file", 2, half_a_file),
-    "before a checkpoint gets its name": before(checkpoint.os, "replace", 9),
+    "before a checkpoint gets its name": before(os, "replace", when=lambda _, path: Path(path).name == "step-4"),
+    "after it got its name": before(
+        checkpoint, "all_checkpoints", when=lambda run: (run / "checkpoints/step-4").exists()
+    ),
     "while an old checkpoint is removed": before(checkpoint.shutil, "rmtree", 1, first_file_only),
     "before the lines past the checkpoint are cut": before(metrics, "cut", 1),
     "after some logs are cut": before(metrics, "cut", 3),
@@ -131,7 +146,7 @@ ON_RESUMING = ("before the lines past the checkpoint are cut", "after some logs 
 """Moments that matter when a killed run goes on: these shoot the second process too."""
 
 
-# --------------------------------------------------------------------------------------------- in the process that looks
+# -------------------------------------------------------------------------------------------- in the process that looks
 
 
 class Killed:

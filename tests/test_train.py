@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import itertools
 import json
 import os
 import signal
@@ -17,13 +19,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny_model
+import yaml
+from conftest import EOS_ID, PAD_ID, build_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pairtune import PairtuneError, TrainConfig, train
+from pairtune.data import RawPrompts
+from pairtune.experience import decode, sampling_params
+from pairtune.maths.pairwise import p3o_joint_loss
 from pairtune.models import loading
 from pairtune.models.logprobs import Scorer
+from pairtune.models.sampler import HFSampler
 from pairtune.runs import checkpoint
 from pairtune.runs.metrics import read_jsonl, without_times
 from pairtune.stages import rl
@@ -284,6 +291,87 @@ def test_each_forward_pass_is_needed(run: Run, monkeypatch: pytest.MonkeyPatch) 
     # The trunk below the trained layers runs once a batch, for policy and reference, all passes together.
     expected = {"policy logprobs": 3, "reference logprobs": 1, "policy features": 1}
     assert count(num_iterations=3, trainable_layers=1) == expected
+
+
+# ------------------------------------------------------------------------------------------------------- the plain loop
+
+
+def plain_loop(model: Any, tokenizer: Any, config: TrainConfig, num_groups: int) -> None:
+    """What `train` does with this configuration, written down without any of its machinery."""
+    reference = copy.deepcopy(model)
+    dataset = RawPrompts.from_rows(PROMPTS).encode(tokenizer, chat="never")
+    sampler = HFSampler(model, tokenizer, eos_token_ids=(EOS_ID,), pad_token_id=PAD_ID)
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) is m] for m in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
+    # Two updates of warm-up; from there linearly towards 0, which would come after the last update.
+    num_updates = config.max_steps * config.num_iterations
+    factors = [1 / 3, 2 / 3] + [1 - n / (num_updates - 2) for n in range(num_updates - 2)]
+
+    for step in range(config.max_steps):
+        prompts = dataset.batch(dataset.step_rows(config.seed, step, config.batch_size))
+        drawn = sampler.generate(
+            prompts, config.num_generations, sampling_params(config), seed=config.seed, stream=step
+        )
+        texts = decode(tokenizer, drawn)
+        counts = torch.tensor([not prompt.startswith("So") for prompt in prompts.prompts])
+        rewards = torch.tensor([share_of_letters(group) for group in texts], dtype=torch.float64)
+
+        def sequence_logprobs(scored: Any, drawn: Any = drawn) -> Tensor:
+            sums = []
+            for p, k in itertools.product(range(config.batch_size), range(config.num_generations)):
+                prompt = drawn.prompt_ids[p][drawn.prompt_mask[p]]
+                completion = drawn.completion_ids[p, k][drawn.completion_mask[p, k]]
+                logits = scored(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+                law = (logits / config.temperature).log_softmax(-1)
+                sums.append(law.gather(1, completion[:, None]).sum())
+            return torch.stack(sums).view(config.batch_size, -1)
+
+        with torch.no_grad():
+            old, ref = sequence_logprobs(model), sequence_logprobs(reference)
+        for _ in range(config.num_iterations):
+            policy = sequence_logprobs(model)
+            shaped = rewards - config.beta * (policy.detach() - ref)
+            losses = p3o_joint_loss(policy, old, shaped, epsilon=config.epsilon, max_ratio=config.p3o.max_ratio)
+            loss = losses[counts].mean()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * factors[0]
+            factors.pop(0)
+            optimizer.step()
+        assert int(counts.sum()) >= num_groups
+    assert not factors
+
+
+def test_a_run_is_the_plain_loop(run: Run, tiny_tokenizer: Any) -> None:
+    words = {
+        "num_iterations": 3,
+        "temperature": 0.8,
+        "beta": 0.3,
+        "epsilon": 0.4,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 2,
+        "weight_decay": 0.2,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 0.05,
+        "max_steps": 2,
+    }
+    model = build_tiny_model("gpt2").double()
+    start = copy.deepcopy(model)
+    expected = copy.deepcopy(model)
+    result = run(model=model, tokenizer=tiny_tokenizer, reward=some_without_reward, micro_batch_size=3, **words)
+    settings = yaml.safe_load((result.output_dir / "config.yaml").read_text())
+    plain_loop(expected, tiny_tokenizer, TrainConfig(**settings), num_groups=2)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(result.model.get_parameter(name), parameter, rtol=0, atol=1e-7)
+        assert (parameter - start.get_parameter(name)).abs().max() > 1e-4
+    # Clipping acted, by its edge and by the norm.
+    assert all(0 < line["clip_ratio"] < 1 and line["grad_norm"] > 0.05 for line in lines(result))
 
 
 # ---------------------------------------------------------------------------------------------------- cuts of the batch
