@@ -124,7 +124,7 @@ def draw(runs: list[dict[str, Any]]) -> None:
                 means = [e["mean"] for e in ends]
                 panel.errorbar([0, steps[-1]], means, spread, fmt="o", color=colour, markersize=4, capsize=2)
     titles = (
-        "reward (lines: training batches, points: held out)",
+        "reward (points: held out)",
         "KL to the reference, nats",
         "pairs past the clip, %",
     )

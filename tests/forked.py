@@ -16,6 +16,9 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
+TIME_LIMIT = 300
+"""Seconds, for a busy machine; processes that wait for each other in vain must not hold the tests up for ever."""
+
 
 class Call(NamedTuple):
     function: str
@@ -95,6 +98,7 @@ def _fork(call: Call) -> int:
     if pid:
         return pid
     code = 1
+    signal.alarm(TIME_LIMIT)
     try:
         null, log = os.open(os.devnull, os.O_RDONLY), os.open(call.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for source, target in ((null, 0), (log, 1), (log, 2)):

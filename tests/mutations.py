@@ -42,6 +42,12 @@ class Mutation(NamedTuple):
 PAIRWISE, KL, MASKING, STATISTICS = (f"maths/{name}.py" for name in ("pairwise", "kl", "masking", "statistics"))
 TEST_PAIRWISE, TEST_KL, TEST_STATISTICS = (f"maths/test_{name}.py::test_" for name in ("pairwise", "kl", "statistics"))
 ENUMERATION = "maths/test_enumeration.py::test_"
+ALGORITHMS, EXPERIENCE, EVALUATION, RL = "algorithms.py", "experience.py", "evaluation.py", "stages/rl.py"
+LOGPROBS, LOADING = "models/logprobs.py", "models/loading.py"
+TEST_ALGORITHMS, TEST_EVALUATION, TEST_LOADING, TEST_LOGPROBS, TEST_TRAIN, TEST_DISTRIBUTED = (
+    f"test_{name}.py::test_"
+    for name in ("algorithms", "evaluation", "loading", "logprobs", "train", "distributed_train")
+)
 
 MUTATIONS = [
     # ----------------------------------------------------------------------------------------------- the losses: signs
@@ -416,6 +422,284 @@ MUTATIONS = [
         "(windows >= 0).all(-1)",
         "(windows >= 0).any(-1)",
         TEST_STATISTICS + "distinct_n_by_hand",
+    ),
+    # -------------------------------------------------------------------------------------------------- the algorithms
+    Mutation(
+        "the KL of the wrong policy in the reward",
+        ALGORITHMS,
+        'config.p3o.kl_at == "current"',
+        'config.p3o.kl_at != "current"',
+        TEST_ALGORITHMS + "p3o_is_its_pure_function",
+    ),
+    Mutation(
+        "the KL rewarded",
+        ALGORITHMS,
+        "_sequence(kl_logprobs - experience.ref_logprobs, experience)",
+        "_sequence(experience.ref_logprobs - kl_logprobs, experience)",
+        TEST_ALGORITHMS + "at_ratio_one_the_gradient_is_the_exact_one",
+    ),
+    Mutation(
+        "completions without feedback in the joint loss",
+        ALGORITHMS,
+        "p3o_joint_loss(policy, old, rewards, epsilon=config.epsilon, max_ratio=max_ratio, mask=mask)",
+        "p3o_joint_loss(policy, old, rewards, epsilon=config.epsilon, max_ratio=max_ratio)",
+        TEST_ALGORITHMS + "completions_without_feedback_do_not_count[joint]",
+    ),
+    Mutation(
+        "no clamp in the separate loss",
+        ALGORITHMS,
+        "            policy, old, rewards, epsilon=config.epsilon, max_ratio=max_ratio, mask=mask",
+        "            policy, old, rewards, epsilon=config.epsilon, mask=mask",
+        TEST_ALGORITHMS + "p3o_is_its_pure_function",
+    ),
+    Mutation(
+        "a group of one in the denominator",
+        ALGORITHMS,
+        "experience.reward_mask.sum(-1) >= 2",
+        "experience.reward_mask.sum(-1) >= 1",
+        TEST_ALGORITHMS + "completions_without_feedback_do_not_count[joint]",
+    ),
+    Mutation(
+        "padding in a sequence's log-probability",
+        ALGORITHMS,
+        "masked_sum(token_values, experience.completions.completion_mask, -1)",
+        "token_values.sum(-1)",
+        TEST_ALGORITHMS + "wider_padding_changes_no_bit[joint]",
+    ),
+    Mutation(
+        "the joint clip ratio reported for the separate clip",
+        ALGORITHMS,
+        '= "separate" if clip == "separate" else "joint"',
+        '= "joint"',
+        TEST_ALGORITHMS + "the_clip_ratio_counts_pairs_past_the_edge[separate]",
+    ),
+    # ------------------------------------------------------------------------------------------------ log-probabilities
+    Mutation(
+        "positions that count the padding of the prompt",
+        LOGPROBS,
+        "within_completion = prompt_length[:, None, None]",
+        "within_completion = torch.full_like(prompt_length, prompt_width)[:, None, None]",
+        TEST_LOGPROBS + "logprobs_equal_a_plain_forward_pass[True-2-gpt2]",
+    ),
+    Mutation(
+        "a completion that sees its neighbour",
+        LOGPROBS,
+        "((key == 0) | (key == query)) & causal",
+        "(query >= 0) & causal",
+        TEST_TRAIN + "a_run_is_the_plain_loop",
+    ),
+    Mutation(
+        "a first token predicted by the completion before it",
+        LOGPROBS,
+        "    before[:, 0] = prompt_width - 1\n",
+        "",
+        TEST_LOGPROBS + "logprobs_equal_a_plain_forward_pass[True-2-llama]",
+    ),
+    Mutation(
+        "the temperature left out of the backward pass",
+        LOGPROBS,
+        "scale = grad[rows, None] / ctx.temperature",
+        "scale = grad[rows, None]",
+        TEST_LOGPROBS + "chunked_gradient",
+    ),
+    Mutation(
+        "the head's gradient of the last chunk alone",
+        LOGPROBS,
+        "weight_grad.addmm_(logits_grad.T, hidden[rows])",
+        "torch.mm(logits_grad.T, hidden[rows], out=weight_grad)",
+        TEST_LOGPROBS + "chunked_gradient",
+    ),
+    Mutation(
+        "a reference with the adapter on",
+        LOGPROBS,
+        "        with self.context():\n            states",
+        "        with nullcontext():\n            states",
+        TEST_LOADING + "the_reference_is_the_policy_at_step_0_and_stays[lora-llama-float32]",
+    ),
+    # --------------------------------------------------------------------------------------------------------- loading
+    Mutation(
+        "a reference that is the policy",
+        LOADING,
+        "twin = copy.deepcopy(model).requires_grad_(False)",
+        "twin = model",
+        TEST_LOADING + "the_reference_is_the_policy_at_step_0_and_stays[full-llama-float32]",
+    ),
+    Mutation(
+        "a final norm shared with the reference",
+        LOADING,
+        "norm=copy.deepcopy(scorer.top.norm).requires_grad_(False)",
+        "norm=scorer.top.norm",
+        TEST_LOADING + "the_reference_is_the_policy_at_step_0_and_stays[layers-llama-float32]",
+    ),
+    Mutation(
+        "a final norm that is not trained",
+        LOADING,
+        "        norm.requires_grad_(True)",
+        "        norm.requires_grad_(False)",
+        TEST_LOADING + "trainable_layers_moves_the_last_layers_and_the_final_norm",
+    ),
+    Mutation(
+        "only the last micro-batch's gradient",
+        LOADING,
+        "master.grad.add_(parameter.grad)",
+        "master.grad = parameter.grad.float()",
+        TEST_LOADING + "micro_batches_are_accumulated_in_float32",
+    ),
+    Mutation(
+        "micro-batches added up in bfloat16",
+        LOADING,
+        "        parameter.register_post_accumulate_grad_hook(_accumulate_into(master))",
+        "        parameter.register_hook(lambda g: None)",
+        TEST_LOADING + "micro_batches_are_accumulated_in_float32",
+    ),
+    Mutation(
+        "masters that never reach the module",
+        LOADING,
+        "                parameter.copy_(master)",
+        "                pass",
+        TEST_LOADING + "masters_keep_what_rounding_loses",
+    ),
+    Mutation(
+        "dropout left on",
+        LOADING,
+        "                setattr(module, attribute, 0.0)",
+        "                pass",
+        TEST_LOADING + "dropout_is_off_in_training_mode_too[llama-dropout0]",
+    ),
+    # -------------------------------------------------------------------------------------------------------- the loop
+    Mutation(
+        "old log-probabilities that follow the policy",
+        RL,
+        "if iteration == 0 and one_update_a_pass:",
+        "if one_update_a_pass:",
+        TEST_TRAIN + "a_run_learns_and_leaves_what_it_should[full]",
+    ),
+    Mutation(
+        "a denominator of all prompts of the minibatch",
+        RL,
+        "max(1, int(distributed.sum_across(counted)))",
+        "max(1, len(minibatch) + 0 * int(distributed.sum_across(counted)))",
+        TEST_TRAIN + "a_run_is_the_plain_loop",
+    ),
+    Mutation(
+        "a denominator of the whole batch",
+        RL,
+        "algorithm.counted(experience)[minibatch].sum()",
+        "algorithm.counted(experience).sum()",
+        TEST_TRAIN + "minibatches_add_up_to_the_batch",
+    ),
+    Mutation(
+        "gradients left over from the last update",
+        RL,
+        "    optimizer.zero_grad(set_to_none=True)\n",
+        "",
+        TEST_TRAIN + "a_run_is_the_plain_loop",
+    ),
+    Mutation(
+        "an update that is not published",
+        RL,
+        "    policy.masters.publish()\n",
+        "",
+        TEST_TRAIN + "the_first_ratio_is_1_and_the_first_kl_0[llama-bfloat16-layers]",
+    ),
+    Mutation(
+        "gradients that are not clipped",
+        RL,
+        "    if config.max_grad_norm is not None:",
+        "    if False:",
+        TEST_TRAIN + "a_run_is_the_plain_loop",
+    ),
+    Mutation(
+        "a learning rate without its schedule",
+        RL,
+        "config.learning_rate * _lr_factor(config, progress.num_updates)",
+        "config.learning_rate",
+        TEST_TRAIN + "a_run_is_the_plain_loop",
+    ),
+    Mutation(
+        "weight decay on vectors",
+        RL,
+        'if m.ndim < 2], "weight_decay": 0.0}',
+        'if m.ndim < 2], "weight_decay": config.weight_decay}',
+        TEST_TRAIN + "a_run_is_the_plain_loop",
+    ),
+    Mutation(
+        "inexactness that nobody is told of",
+        RL,
+        "        if gap > 0:",
+        "        if gap > 9:",
+        TEST_TRAIN + "a_reference_with_other_weights_is_noticed",
+    ),
+    Mutation(
+        "a reference cut otherwise than the policy",
+        EXPERIENCE,
+        "cuts = first_pass(config, len(prompts), policy.device)",
+        "cuts = [torch.arange(len(prompts), device=policy.device)]",
+        TEST_TRAIN + "the_reference_is_cut_as_the_policy_is",
+    ),
+    Mutation(
+        "a resumed optimizer that counts from 0",
+        RL,
+        "torch.tensor(float(progress.num_updates), device=master.device)",
+        "torch.tensor(0.0, device=master.device)",
+        TEST_TRAIN + "a_resumed_run_equals_the_uninterrupted_one[layers, cosine, decay]",
+    ),
+    Mutation(
+        "a resumed run with a fresh running scale",
+        RL,
+        '    rewards.load_state_dict(state["rewards"])\n',
+        "",
+        TEST_TRAIN + "a_resumed_run_equals_the_uninterrupted_one[minibatches, running scale]",
+    ),
+    Mutation(
+        "no evaluation where max_minutes ends a run just saved",
+        RL,
+        "        if progress.evaluated_step < progress.step:",
+        "        if progress.evaluated_step < progress.step > saved_step:",
+        TEST_TRAIN + "max_minutes_ends_with_a_checkpoint_and_an_evaluation[1]",
+    ),
+    Mutation(
+        "each process with a gradient of its own",
+        RL,
+        "    distributed.sum_gradients(gradients)\n",
+        "",
+        TEST_DISTRIBUTED + "two_processes_train_what_one_trains[none]",
+    ),
+    Mutation(
+        "a signal that only one process heeds",
+        RL,
+        "stop.agreed = num_requested > 0\n        return stop.agreed or num_late > 0",
+        "stop.agreed = stop.requested\n        return num_requested > 0 or num_late > 0",
+        TEST_DISTRIBUTED + "a_signal_to_one_process_stops_all_and_the_run_goes_on",
+    ),
+    # ------------------------------------------------------------------------------------------------------ evaluation
+    Mutation(
+        "a mean of the KL a token over prompts",
+        EVALUATION,
+        'bootstrap_ratio(per_prompt["kl"], length)',
+        'bootstrap_mean(per_prompt["kl"] / length)',
+        TEST_EVALUATION + "every_metric_is_what_it_says[law0]",
+    ),
+    Mutation(
+        "completions without a reward in its mean",
+        EVALUATION,
+        '(table["reward"] * table["counts"]).sum(1), table["counts"].sum(1)',
+        'table["reward"].sum(1), torch.ones_like(table["counts"]).sum(1)',
+        TEST_EVALUATION + "every_metric_is_what_it_says[law0]",
+    ),
+    Mutation(
+        "the KL of the law before truncation",
+        EVALUATION,
+        "            top_p=config.top_p,\n",
+        "",
+        TEST_EVALUATION + "every_metric_is_what_it_says[law2]",
+    ),
+    Mutation(
+        "evaluations that draw other numbers at every step",
+        EVALUATION,
+        "stream=EVALUATION_STREAM",
+        "stream=step",
+        TEST_EVALUATION + "every_metric_is_what_it_says[law0]",
     ),
 ]
 

@@ -232,7 +232,8 @@ def test_killed_at_a_random_moment(runs: Killed, number: int) -> None:
     killed again when it goes on."""
     generator = random.Random(number)
     run = runs.path / f"random-{number}"
-    runs.killed(run, after=(number + generator.random()) / NUM_RANDOM * runs.seconds)
+    killed = runs.killed(run, after=(number + generator.random()) / NUM_RANDOM * runs.seconds)
+    assert killed or number > NUM_RANDOM / 2  # near its end a run may be done before the shot
     if number % 4 == 0:
         runs.killed(run, after=generator.random() * runs.seconds, resume=True)
     runs.finish(run)

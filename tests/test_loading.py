@@ -317,8 +317,13 @@ def test_a_copy_of_finer_values_stays_float32(tiny_llama: Any) -> None:
     assert next(twin.parameters()).data_ptr() != next(tiny_llama.parameters()).data_ptr()
 
 
-def test_a_narrow_reference_is_exact_as_well(tiny_tokenizer: Any) -> None:
-    policy = load_policy(rounded(build_tiny_model("llama")), tokenizer=tiny_tokenizer)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_narrow_reference_is_exact_as_well(tiny_tokenizer: Any, attention: str) -> None:
+    """Eager attention adds its mask to the scores, in the type of the weights."""
+    model = build_tiny_model("llama", attn_implementation=attention)
+    policy = load_policy(rounded(model), tokenizer=tiny_tokenizer)
+    assert policy.scorer.shared
+    assert policy.scorer.top.config._attn_implementation == attention
     assert {p.dtype for p in policy.reference.model.parameters()} == {torch.bfloat16}
     assert torch.equal(policy_logprobs(policy), ref_logprobs(policy))
 

@@ -223,12 +223,20 @@ def test_the_first_ratio_is_1_and_the_first_kl_0(
     assert {p.dtype for p in result.model.parameters()} == {getattr(torch, dtype)}
 
 
-def test_the_reference_is_cut_as_the_policy_is(run: Run, tiny_tokenizer: Any) -> None:
-    """One row rounds otherwise than two rows do, here in the last digit of float64."""
-    with warnings.catch_warnings(record=True) as record:
-        warnings.simplefilter("always")
-        run(model=build_tiny_model("gpt2").double(), tokenizer=tiny_tokenizer, minibatch_size=1, max_steps=1)
-    assert inexact(record) == []
+def test_the_reference_is_cut_as_the_policy_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix product of another shape may round otherwise, on some machine and for some width."""
+    cuts: dict[int, list[int]] = {}
+    logprobs = Scorer.logprobs
+
+    def recording(scorer: Scorer, layout: Any, *args: Any, **words: Any) -> Any:
+        cuts.setdefault(id(scorer), []).append(len(layout.mask))
+        return logprobs(scorer, layout, *args, **words)
+
+    monkeypatch.setattr(Scorer, "logprobs", recording)
+    run(batch_size=10, minibatch_size=5, micro_batch_size=2, num_iterations=1, max_steps=1)
+    reference, policy = cuts.values()
+    assert reference == [2, 2, 1, 2, 2, 1]
+    assert policy == reference + reference  # once for the old log-probabilities, once for the update
 
 
 def test_a_reference_with_other_weights_is_noticed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,7 +379,8 @@ def test_a_run_is_the_plain_loop(run: Run, tiny_tokenizer: Any) -> None:
         torch.testing.assert_close(result.model.get_parameter(name), parameter, rtol=0, atol=1e-7)
         assert (parameter - start.get_parameter(name)).abs().max() > 1e-4
     # Clipping acted, by its edge and by the norm.
-    assert all(0 < line["clip_ratio"] < 1 and line["grad_norm"] > 0.05 for line in lines(result))
+    assert all(line["clip_ratio"] > 0 and line["grad_norm"] > 0.05 for line in lines(result))
+    assert any(line["clip_ratio"] < 1 for line in lines(result))
 
 
 # ---------------------------------------------------------------------------------------------------- cuts of the batch
@@ -549,15 +558,15 @@ def kills_itself(number: signal.Signals, step: int, times: int = 1) -> Callable[
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_says_how_to_go_on(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     handler = signal.getsignal(number)
     stopped = run(max_steps=4, reward=kills_itself(number, step=1))
     assert signal.getsignal(number) is handler
     assert (stopped.steps, stopped.finished) == (2, False)
     assert newest(stopped).name == "step-2"
-    output = capsys.readouterr().out
-    assert "stopping: this step is finished and saved first" in output
+    output, errors = capfd.readouterr()
+    assert "stopping: this step is finished and saved first" in errors
     going_on = f"pairtune train --resume --output_dir {stopped.output_dir}"
     assert f"stopped after step 2 of 4; go on with: {going_on}" in output
 

@@ -177,7 +177,7 @@ def _facts(metrics: list[Line], evaluations: list[Line], config: Line) -> list[t
         if seconds:
             facts.append(("training time", duration(seconds)))
         if is_number(metrics[-1].get("num_tokens")):
-            facts.append(("tokens sampled", f"{metrics[-1]['num_tokens']:,.0f}"))
+            facts.append(("tokens seen", f"{metrics[-1]['num_tokens']:,.0f}"))
     if evaluations and is_number(evaluations[-1].get("num_prompts")):
         facts.append(("held-out prompts", f"{evaluations[-1]['num_prompts']}"))
     return [(name, clean(value)) for name, value in facts if value]
