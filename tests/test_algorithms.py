@@ -330,11 +330,15 @@ def small_model(seed: int) -> Any:
 
 def sequence_logprobs(model: Any, world: World) -> Tensor:
     """(2, S) log-probability of every completion of each prompt, by plain forward passes."""
+    length = max(map(len, world.sequences))
+    padded = torch.tensor([s + [0] * (length - len(s)) for s in world.sequences])  # on the right: nobody looks there
     rows = []
-    for prompt, sequence in itertools.product(PROMPTS, world.sequences):
-        law = model(torch.tensor([prompt + sequence])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        rows.append(law[torch.arange(len(sequence)), sequence].sum())
-    return torch.stack(rows).view(2, -1)
+    for prompt in PROMPTS:
+        ids = torch.cat([torch.tensor([prompt] * len(padded)), padded], 1)
+        laws = model(ids).logits[:, len(prompt) - 1 : -1].log_softmax(-1)
+        picked = laws.gather(2, padded[..., None])[..., 0]
+        rows.append(torch.stack([row[: len(s)].sum() for row, s in zip(picked, world.sequences, strict=True)]))
+    return torch.stack(rows)
 
 
 def exact_gradient(model: Any, reference: Any, rewards: Tensor, world: World, beta: float) -> list[Tensor]:

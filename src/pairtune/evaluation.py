@@ -58,7 +58,7 @@ def evaluate_policy(
     & Cotterell 2025); `kl_k1` the plain estimate log p - log ref of the same quantity, as a cross-check. Each metric is
     a mean with its 95% interval.
     """
-    num_prompts = min(len(dataset), config.num_eval_prompts or len(dataset))
+    num_prompts = num_evaluated(dataset, config)
     state = SimpleNamespace(global_step=step, max_steps=getattr(config, "max_steps", step))
     per_batch = batch_size or max(1, EVALUATION_BATCH // config.eval_generations)
     columns: dict[str, list[Tensor]] = {}
@@ -108,6 +108,11 @@ def evaluate_policy(
     return {**line, **{name: interval._asdict() for name, interval in intervals.items()}}, samples
 
 
+def num_evaluated(dataset: PromptDataset, config: Any) -> int:
+    """How many of the held-out prompts an evaluation takes."""
+    return min(len(dataset), config.num_eval_prompts or len(dataset))
+
+
 def evaluate(
     config: EvaluateConfig, *, reward_funcs: Sequence[Callable[..., Any] | str] | None = None, dataset: Any = None
 ) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def evaluate(
     rewards = load_rewards(config, tokenizer, prompts, reward_funcs)
     policy = load_pair(config, tokenizer)
     sampler = HFSampler(policy.model, tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id)
-    with progress("evaluating", len(prompts)) as advance:
+    with progress("evaluating", num_evaluated(prompts, config)) as advance:
         line, samples = evaluate_policy(
             policy, sampler, rewards, prompts, config, step=0, batch_size=config.batch_size, advance=advance
         )

@@ -1,9 +1,28 @@
 """The mathematics: pure functions on tensors that import only torch.
 
 `masking` is where masks meet arithmetic, `pairwise` holds P3O's losses, `kl` the divergences and the shaped reward,
-`statistics` what a number on held-out prompts is worth.
+`statistics` what a number on held-out prompts is worth. `advantages`, `policy_gradient`, `preference` and `contrastive`
+hold the losses of the methods that P3O is compared with.
 """
 
-from pairtune.maths import kl, masking, pairwise, statistics
+from pairtune.maths import (
+    advantages,
+    contrastive,
+    kl,
+    masking,
+    pairwise,
+    policy_gradient,
+    preference,
+    statistics,
+)
 
-__all__ = ["kl", "masking", "pairwise", "statistics"]
+__all__ = [
+    "advantages",
+    "contrastive",
+    "kl",
+    "masking",
+    "pairwise",
+    "policy_gradient",
+    "preference",
+    "statistics",
+]

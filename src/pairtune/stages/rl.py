@@ -25,7 +25,7 @@ from pairtune.algorithms import ALGORITHMS, Algorithm
 from pairtune.config import TrainConfig, config_to_yaml, warnings_for
 from pairtune.data import PromptDataset, load_prompts, shard
 from pairtune.errors import PairtuneError
-from pairtune.evaluation import evaluate_policy
+from pairtune.evaluation import evaluate_policy, num_evaluated
 from pairtune.experience import Collected, Phase, collect, first_pass, minibatch_share
 from pairtune.feedback.rewards import RewardSet, load_rewards
 from pairtune.maths.masking import masked_mean, masked_sum
@@ -187,7 +187,7 @@ def _loop(
 
     def evaluate() -> None:
         if log is not None and eval_prompts is not None:
-            with phase("evaluate", "evaluating on held-out prompts", len(eval_prompts)) as advance:
+            with phase("evaluate", "evaluating on held-out prompts", num_evaluated(eval_prompts, config)) as advance:
                 evaluation, samples = evaluate_policy(
                     policy, sampler, rewards, eval_prompts, config, step=progress.step, advance=advance
                 )
