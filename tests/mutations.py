@@ -486,7 +486,7 @@ MUTATIONS = [
         LOGPROBS,
         "((key == 0) | (key == query)) & causal",
         "(query >= 0) & causal",
-        TEST_TRAIN + "a_run_is_the_plain_loop",
+        TEST_LOGPROBS + "which_architectures_share_a_prefix",
     ),
     Mutation(
         "a first token predicted by the completion before it",
@@ -573,13 +573,6 @@ MUTATIONS = [
         "if iteration == 0 and one_update_a_pass:",
         "if one_update_a_pass:",
         TEST_TRAIN + "a_run_learns_and_leaves_what_it_should[full]",
-    ),
-    Mutation(
-        "a denominator of all prompts of the minibatch",
-        RL,
-        "max(1, int(distributed.sum_across(counted)))",
-        "max(1, len(minibatch) + 0 * int(distributed.sum_across(counted)))",
-        TEST_TRAIN + "a_run_is_the_plain_loop",
     ),
     Mutation(
         "a denominator of the whole batch",
