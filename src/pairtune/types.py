@@ -6,7 +6,7 @@ keeps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +72,27 @@ class Completions:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """What is fixed for a batch before its first update. All detached; a method sets what its loss reads."""
+
+    advantages: Tensor | None = None
+    """(P, K, T) float32, reward units, 0 where masked."""
+    returns: Tensor | None = None
+    """(P, K, T) float32, reward units: what the value function is fitted to."""
+    labels: Tensor | None = None
+    """(P, M) float32 in [0, 1]: the probability that the first of each pair is better, pairs as in `pair_indices`."""
+    label_mask: Tensor | None = None
+    """(P, M) bool, True where a pair counts."""
+    baseline: float = 0.0
+    """Reward units, subtracted from every reward of the batch."""
+
+    def select(self, prompts: Tensor) -> Targets:
+        """The targets of some of the prompts. prompts: (p,) int64."""
+        tensors = {name: x[prompts] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
 class Experience:
     """All that a loss may read."""
 
@@ -86,6 +107,11 @@ class Experience:
     """(P, K, T) float32, nats, the trainer's own under the weights that sampled; 0 where masked.
 
     None until known: where the whole batch is one minibatch, the first pass computes them anyway."""
+    old_values: Tensor | None = None
+    """(P, K, T) float32, reward units, the value function's before each token when the batch was collected; 0 where
+    masked. None for a method without a value function."""
+    targets: Targets = Targets()
+    """What the method's `prepare` made of all this."""
 
     def select(self, prompts: Tensor) -> Experience:
         """The experience of some of the prompts. prompts: (p,) int64."""
@@ -95,6 +121,8 @@ class Experience:
             reward_mask=self.reward_mask[prompts],
             ref_logprobs=self.ref_logprobs[prompts],
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[prompts],
+            old_values=None if self.old_values is None else self.old_values[prompts],
+            targets=self.targets.select(prompts),
         )
 
 
