@@ -87,7 +87,7 @@ OUT_OF_RANGE = [
     ("max_completion_length", 0, "a whole number > 0"),
     ("seed", -1, "a whole number >= 0 and < 4294967296"),
     ("seed", 2**32, "a whole number >= 0 and < 4294967296"),
-    ("algorithm", "ppo", "p3o"),
+    ("algorithm", "p4o", f"{', '.join(list(METHODS)[:-1])} or ipo"),
     ("scale_rewards", "batch", "none or running"),
     ("beta", -0.1, "a number >= 0"),
     ("epsilon", 0, "a number > 0"),
@@ -96,9 +96,22 @@ OUT_OF_RANGE = [
     ("batch_size", 0, "a whole number > 0"),
     ("minibatch_size", 0, "a whole number > 0 or null"),
     ("micro_batch_size", 0, "a whole number > 0 or null"),
+    ("replay", -1, "a whole number >= 0"),
     ("p3o.clip", "both", "joint, separate or none"),
     ("p3o.kl_at", "old", "current or sampling"),
     ("p3o.max_ratio", 0.5, "a number >= 1 or null"),
+    *[(f"{section}.gamma", 1.5, "a number >= 0 and <= 1") for section in ("ppo", "vpg")],
+    *[(f"{section}.lam", -0.5, "a number >= 0 and <= 1") for section in ("ppo", "vpg")],
+    *[(f"{section}.vf_coef", -0.1, "a number >= 0") for section in ("ppo", "vpg")],
+    ("ppo.value_clip", 0, "a number > 0 or null"),
+    ("ppo.target_kl", 0, "a number > 0 or null"),
+    ("ppo.kl_horizon", 0, "a whole number > 0"),
+    ("reinforce.baseline", "value", "moving_average or none"),
+    ("grpo.kl_in", "both", "loss or reward"),
+    ("rebel.eta", 0, "a number > 0"),
+    ("raft.rank_by", "length", "reward or shaped"),
+    *[(f"{section}.labels", "soft", "expected, sampled or hard") for section in ("online_dpo", "online_ipo")],
+    *[(f"{section}.label_smoothing", 0.5, "a number >= 0 and < 0.5") for section in ("dpo", "ipo")],
     ("learning_rate", -1e-6, "a number >= 0"),
     ("lr_scheduler_type", "step", "constant, constant_with_warmup, linear or cosine"),
     ("warmup_steps", -1, "a whole number >= 0"),
@@ -190,6 +203,16 @@ CONTRADICTIONS = [
     ({"num_generations": 1}, ["num_generations is 1", "p3o", "give 2 or more"]),
     ({"top_p": 0.9}, ["top_p is 0.9", "p3o", "train with top_p 1."]),
     ({"top_k": 50}, ["top_k is 50", "p3o", "train with top_k 0."]),
+    ({"algorithm": "rloo", "top_p": 0.9}, ["top_p is 0.9", "rloo", "differentiates the law that samples"]),
+    ({"algorithm": "rloo", "num_generations": 1}, ["num_generations is 1", "rloo", "give 2 or more"]),
+    *[
+        ({"algorithm": name, "beta": 0}, ["beta is 0", name, "give a beta above 0"])
+        for name in ("copg", "online_dpo", "online_ipo", "dpo", "ipo")
+    ],
+    ({"algorithm": "ppo", "replay": 1}, ["replay is 1", "ppo", "set it to 0", "p3o, copg, online_dpo or online_ipo"]),
+    ({"algorithm": "dpo", "replay": 2}, ["replay is 2", "dpo", "reads a dataset"]),
+    ({"algorithm": "copg", "copg.offline": True, "replay": 2}, ["replay is 2", "copg", "reads a dataset"]),
+    ({"algorithm": "ipo", "scale_rewards": "running"}, ["scale_rewards is running", "ipo", "set it to none"]),
     ({"batch_size": 64, "minibatch_size": 48}, ["minibatch_size is 48", "batch_size 64", "such as 16."]),
     ({"batch_size": 64, "minibatch_size": 128}, ["minibatch_size is 128", "batch_size 64", "such as 64."]),
     ({"lora_r": 8, "trainable_layers": 2}, ["lora_r is 8", "trainable_layers 2", "set one of the two to null"]),
@@ -213,6 +236,10 @@ def test_what_does_not_fit_together_is_refused(values: dict[str, Any], parts: li
     "values",
     [
         {"num_generations": 2},
+        {"algorithm": "ppo", "num_generations": 1},
+        {"algorithm": "dpo", "num_generations": 1, "top_p": 0.9},
+        {"algorithm": "copg", "top_k": 5, "replay": 3},
+        {"algorithm": "raft", "beta": 0},
         {"top_p": 1, "top_k": 0},
         {"batch_size": 64, "minibatch_size": 64},
         {"lora_r": 8},
@@ -459,6 +486,19 @@ def test_a_configuration_can_be_copied() -> None:
 def test_updates_per_step() -> None:
     assert train_config(num_iterations=3, batch_size=12).updates_per_step == 3
     assert train_config(num_iterations=3, batch_size=12, minibatch_size=4).updates_per_step == 9
+    replaying = train_config(num_iterations=3, batch_size=12, minibatch_size=4, replay=2)
+    assert (replaying.updates_per_batch, replaying.updates_per_step) == (9, 27)
+
+
+def test_which_methods_never_sample() -> None:
+    assert {name for name in METHODS if train_config(algorithm=name).offline} == {"dpo", "ipo"}
+    assert train_config(algorithm="copg", **{"copg.offline": True}).offline
+    assert not train_config(algorithm="p3o", **{"copg.offline": True}).offline
+
+
+def test_the_value_model_is_that_of_the_method() -> None:
+    sections = {"ppo.value_model": "a", "vpg.value_model": "b"}
+    assert [train_config(algorithm=name, **sections).value_model for name in ("ppo", "vpg")] == ["a", "b"]
 
 
 # -- Round trip --------------------------------------------------------------------------------------------------------
@@ -522,6 +562,33 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "p3o.clip": "none",
     "p3o.kl_at": "sampling",
     "p3o.max_ratio": None,
+    "replay": 3,
+    "ppo.gamma": 0.99,
+    "ppo.lam": 1.0,
+    "ppo.vf_coef": 0.5,
+    "ppo.value_clip": None,
+    "ppo.value_model": "some/reward-model",
+    "ppo.whiten_advantages": False,
+    "ppo.whiten_rewards": True,
+    "ppo.target_kl": 6.0,
+    "ppo.kl_horizon": 500,
+    "vpg.gamma": 0.9,
+    "vpg.lam": 0.5,
+    "vpg.vf_coef": 1.0,
+    "vpg.value_model": "some/reward-model",
+    "reinforce.baseline": "none",
+    "rloo.clip": True,
+    "grpo.standardise": False,
+    "grpo.kl_in": "reward",
+    "rebel.eta": 0.5,
+    "raft.rank_by": "shaped",
+    "copg.offline": True,
+    "online_dpo.labels": "hard",
+    "online_dpo.clip": True,
+    "online_ipo.labels": "sampled",
+    "online_ipo.clip": True,
+    "dpo.label_smoothing": 0.1,
+    "ipo.label_smoothing": 0.2,
     "ref_model": "other/model",
     "output": "result.json",
     "prompt": "Hi",
@@ -573,6 +640,9 @@ WARNINGS = [
     ({"scale_rewards": "running"}, ["scale_rewards is running", "invariance"]),
     ({"lr_scheduler_type": "constant", "warmup_steps": 3}, ["warmup_steps is 3", "constant_with_warmup"]),
     ({"max_steps": 5, "warmup_steps": 20}, ["warmup_steps is 20", "20 updates"]),
+    ({"algorithm": "ppo", "num_iterations": 1}, ["num_iterations is 1", "epsilon does nothing"]),
+    ({"algorithm": "dpo"}, ["num_iterations is 4", "4 times in a row"]),
+    ({"algorithm": "raft"}, ["beta is 0.05", "raft.rank_by reward"]),
     ({"eval_dataset": "d", "dataset_test_split": None}, ['eval_dataset is "d"', "dataset_test_split is null"]),
 ]
 
@@ -592,6 +662,9 @@ def test_what_does_nothing_is_warned_of(values: dict[str, Any], parts: list[str]
         {"num_iterations": 1, "batch_size": 8, "minibatch_size": 4},
         {"p3o.clip": "none"},
         {"p3o.clip": "separate", "epsilon": 0.3},
+        {"algorithm": "dpo", "num_iterations": 1},
+        {"algorithm": "raft", "raft.rank_by": "shaped"},
+        {"algorithm": "rloo", "num_iterations": 1},
         {"max_steps": 5, "warmup_steps": 19},
         {"eval_dataset": "d"},
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,7 @@ LAYERS = [
     {"types", "maths", "config"},
     {"runs"},
     {"models", "algorithms", "data"},
-    {"feedback"},
+    {"feedback", "completion_data"},
     {"experience"},
     {"evaluation"},
     {"stages", "chat"},
@@ -37,6 +38,7 @@ RANK = {component: rank for rank, layer in enumerate(LAYERS) for component in la
 # Part of the interface of the package that brings them.
 BROUGHT_BY = {"annotated-types": "pydantic", "markupsafe": "jinja2"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
 
 
 @cache
@@ -142,8 +144,11 @@ def test_third_party_imports_are_declared_and_extras_are_lazy(path):
         )
 
 
-def _python(script: str) -> str:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT / "src")
+def _python(script: str, **environment: str) -> str:
+    command = [sys.executable, "-c", script]
+    # Not what `import pairtune` has set here.
+    given = {name: value for name, value in os.environ.items() if name != HUGE_PAGES} | environment
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT / "src", env=given)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -176,6 +181,11 @@ print(seconds, *(heavy & (set(sys.modules) - before)))
 def test_the_command_line_starts_without_torch(module):
     loaded = _python(f"import sys, {module}; print(*{{'torch', 'transformers', 'datasets'}} & set(sys.modules))")
     assert loaded.split() == []
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "1"), ({HUGE_PAGES: "0"}, "0")], ids=["unset", "set"])
+def test_importing_asks_torch_for_huge_pages_unless_the_user_says_otherwise(given, found):
+    assert _python(f"import os, pairtune; print(os.environ[{HUGE_PAGES!r}])", **given).strip() == found
 
 
 # What is declared

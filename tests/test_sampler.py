@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ from transformers import (
 )
 
 from pairtune.errors import PairtuneError
-from pairtune.models.random import counter_uniforms
+from pairtune.maths.random import counter_uniforms
+from pairtune.models import packing
+from pairtune.models.loading import frozen_copy
 from pairtune.models.sampler import (
     BLOCK,
     EVALUATION_STREAM,
@@ -229,7 +232,7 @@ def test_uniforms_equal_splitmix64() -> None:
 
 @pytest.mark.parametrize("bits", [0, -1, 2**63 - 1, -(2**63)])
 def test_no_hash_gives_zero_or_one(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pairtune.models.random._absorb", lambda *_: torch.tensor(bits))
+    monkeypatch.setattr("pairtune.maths.random._absorb", lambda *_: torch.tensor(bits))
     assert 0 < counter_uniforms(0).item() < 1
 
 
@@ -670,6 +673,203 @@ def test_progress_is_reported_after_each_token() -> None:
         on_token=lambda *c: calls.append(c),
     )
     assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+# ---- packed weights
+
+
+@pytest.fixture
+def pack_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer that can be packed is, however small it is and however few the steps."""
+    monkeypatch.setattr(packing, "SMALL", 0)
+    monkeypatch.setattr(packing, "MIN_STEPS", 1)
+    monkeypatch.setattr(packing, "MANY_STEPS", 1)
+
+
+def packed_names(model: nn.Module, num_steps: int = 100) -> list[str]:
+    with torch.no_grad(), packing.packed_linears(model, num_rows=3, num_steps=num_steps):
+        return [name for name, module in model.named_modules() if "forward" in vars(module)]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.usefixtures("pack_all")
+def test_packed_layers_compute_the_same(name: str) -> None:
+    """Rows other in number than packed for, one token and many; GPT-2 has but one nn.Linear, its head."""
+    model = tiny_model(name)
+    assert packed_names(model) == linear_names(model) != []
+    for shape in [(3, 1), (1, 1), (2, 9), (7, 1)]:
+        ids = torch.randint(1, VOCAB, shape)
+        with torch.no_grad():
+            plain = model(ids).logits
+            with packing.packed_linears(model, num_rows=3, num_steps=100):
+                packed = model(ids).logits
+        assert (packed - plain).abs().max() < 1e-5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.usefixtures("pack_all")
+def test_packed_sampling_follows_the_plain_law(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, products = tiny_model(name), []
+    plain_product = packing._packed_linear
+    monkeypatch.setattr(packing, "_packed_linear", lambda *args: products.append(None) or plain_product(*args))
+    completions = sample(model, make_prompts([3, 9, 6, 1]), 3, eos=(5, 6, 7, 8), max_completion_length=12)
+    # The prompts' pass and each decode step; a product for each layer.
+    assert len(products) == completions.completion_ids.shape[-1] * len(linear_names(model))
+    assert len({len(ids) for *_, ids, _ in each_completion(completions)}) > 3
+    for _, _, prompt, ids, logprobs in each_completion(completions):
+        expected = plain_logits(model, prompt, ids).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("pack_all")
+def test_the_same_packed_call_twice_gives_the_same_bits() -> None:
+    model, prompts = tiny_model("llama"), make_prompts([3, 6])
+    first, second = (sample(model, prompts, 2, eos=(5,)) for _ in range(2))
+    assert torch.equal(first.completion_ids, second.completion_ids)
+    assert torch.equal(first.sampler_logprobs, second.sampler_logprobs)
+
+
+@pytest.mark.usefixtures("pack_all")
+def test_weights_that_changed_are_packed_anew() -> None:
+    model, prompts = tiny_model("llama"), make_prompts([3, 6])
+    sample(model, prompts, 2)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+        model.model.layers[1].mlp.up_proj.weight.neg_()
+    for _, _, prompt, ids, logprobs in each_completion(sample(model, prompts, 2)):
+        expected = plain_logits(model, prompt, ids).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("pack_all")
+def test_layers_are_put_back_after_sampling_and_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, params, seen = tiny_model("llama"), SamplingParams(max_completion_length=8), []
+
+    def fail(*_: int) -> None:
+        seen.append([name for name, module in model.named_modules() if "forward" in vars(module)])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_sampler(model).generate(make_prompts([3]), 1, params, seed=0, stream=0, on_token=fail)
+    assert seen == [linear_names(model)]
+    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    assert not any("forward" in vars(layer) for layer in layers)
+    sample(model, make_prompts([3]))
+    assert not any("forward" in vars(layer) for layer in layers)
+    # Half packed: memory ran out, say.
+    monkeypatch.setattr(packing, "partial", lambda *_: fail() if "forward" in vars(layers[2]) else lambda x: x)
+    with pytest.raises(KeyboardInterrupt):
+        sample(model, make_prompts([3]))
+    assert len(seen[-1]) == 3
+    assert not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.mark.usefixtures("pack_all")
+def test_a_packed_lora_model_is_sampled_with_its_adapter() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model: Any = get_peft_model(tiny_model("llama"), config).eval()
+    assert "base_model.model.model.layers.0.mlp.up_proj.base_layer" in packed_names(model)
+    for _, _, prompt, ids, logprobs in each_completion(sample(model, make_prompts([3, 6]), 2)):
+        expected = plain_logits(model, prompt, ids).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("pack_all")
+def test_hooks_run_around_packed_layers() -> None:
+    model, calls = tiny_model("llama"), []
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda _, __, output: calls.append(None) or 2 * output)
+    assert "model.layers.0.mlp.up_proj" in packed_names(model)
+    completions = sample(model, make_prompts([3, 6]), 2)
+    assert len(calls) == 8
+    for _, _, prompt, ids, logprobs in each_completion(completions):
+        expected = plain_logits(model, prompt, ids).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.usefixtures("pack_all")
+def test_a_frozen_reference_that_widens_its_weights_is_sampled_as_it_is() -> None:
+    """Its pre-hooks bring other weights than those that could be packed before."""
+    model = tiny_model("llama").bfloat16().float()
+    reference, prompts = frozen_copy(model), make_prompts([3, 6])
+    assert packed_names(reference) == []
+    ours, theirs = sample(model, prompts, 2), sample(reference, prompts, 2)
+    assert torch.equal(ours.completion_ids, theirs.completion_ids)
+    torch.testing.assert_close(ours.sampler_logprobs, theirs.sampler_logprobs, atol=1e-5, rtol=0)
+
+
+class OtherLinear(nn.Linear):
+    """Like a quantised layer: an nn.Linear whose forward is not a plain product."""
+
+
+@pytest.mark.usefixtures("pack_all")
+def test_layers_that_are_left_as_they_are() -> None:
+    layers = nn.ModuleDict(
+        {
+            "plain": nn.Linear(8, 8),
+            "in bfloat16": nn.Linear(8, 8).bfloat16(),
+            "in float64": nn.Linear(8, 8).double(),
+            "elsewhere": nn.Linear(8, 8, device="meta"),
+            "subclass": OtherLinear(8, 8),
+            "pre-hook": nn.Linear(8, 8),
+        }
+    )
+    layers["pre-hook"].register_forward_pre_hook(lambda layer, _: None)
+    assert packed_names(layers) == ["plain"]
+    with torch.autocast("cpu"):
+        assert packed_names(layers) == []
+    own = layers["plain"].forward = lambda inputs: inputs
+    with packing.packed_linears(layers, num_rows=1, num_steps=100):
+        assert layers["plain"].forward is own
+    assert layers["plain"].forward is own
+
+
+@pytest.mark.usefixtures("pack_all")
+@pytest.mark.parametrize("missing", ["operators", "one operator", "oneDNN", "memory"])
+def test_without_what_packing_needs_sampling_is_plain(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = tiny_model("llama"), make_prompts([3, 6])
+    assert packed_names(model) != []
+    expected = sample(model, prompts, 2)
+    if missing == "operators":
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    elif missing == "one operator":
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_reorder_linear_weight=None))
+    elif missing == "oneDNN":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    else:
+        monkeypatch.setattr(packing, "MAX_WEIGHTS", 10_000)
+    assert packed_names(model) == []
+    torch.testing.assert_close(sample(model, prompts, 2).sampler_logprobs, expected.sampler_logprobs, atol=1e-5, rtol=0)
+
+
+def test_onednn_switched_off_is_not_packed_for(pack_all: None) -> None:
+    model = tiny_model("llama")
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert packed_names(model) == []
+    finally:
+        torch.backends.mkldnn.enabled = True
+    assert packed_names(model) != []
+
+
+def test_layers_are_packed_where_the_steps_repay_it() -> None:
+    layers = nn.ModuleDict(
+        {
+            "head": nn.Linear(2, packing.LARGE // 2),
+            "middling": nn.Linear(2, packing.LARGE // 2 - 1),
+            "least": nn.Linear(2, packing.SMALL // 2),
+            "too small": nn.Linear(2, packing.SMALL // 2 - 1),
+        }
+    )
+    assert packed_names(layers, packing.MIN_STEPS - 1) == []
+    assert packed_names(layers, packing.MIN_STEPS) == packed_names(layers, packing.MANY_STEPS - 1) == ["head"]
+    assert packed_names(layers, packing.MANY_STEPS) == ["head", "middling", "least"]
 
 
 # ---- models and mistakes

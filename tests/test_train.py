@@ -226,13 +226,13 @@ def test_the_first_ratio_is_1_and_the_first_kl_0(
 def test_the_reference_is_cut_as_the_policy_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A matrix product of another shape may round otherwise, on some machine and for some width."""
     cuts: dict[int, list[int]] = {}
-    logprobs = Scorer.logprobs
+    score = Scorer.score
 
     def recording(scorer: Scorer, layout: Any, *args: Any, **words: Any) -> Any:
         cuts.setdefault(id(scorer), []).append(len(layout.mask))
-        return logprobs(scorer, layout, *args, **words)
+        return score(scorer, layout, *args, **words)
 
-    monkeypatch.setattr(Scorer, "logprobs", recording)
+    monkeypatch.setattr(Scorer, "score", recording)
     run(batch_size=10, minibatch_size=5, micro_batch_size=2, num_iterations=1, max_steps=1)
     reference, policy = cuts.values()
     assert reference == [2, 2, 1, 2, 2, 1]
@@ -273,7 +273,7 @@ def test_each_forward_pass_is_needed(run: Run, monkeypatch: pytest.MonkeyPatch) 
     def load(*args: Any, **kwargs: Any) -> Any:
         policy = loading.load_policy(*args, **kwargs)
         names = {id(policy.scorer): "policy", id(policy.reference): "reference"}
-        for method in ("logprobs", "features"):
+        for method in ("score", "features"):
             inner = getattr(Scorer, method)
 
             def counted(self: Scorer, *a: Any, _inner: Any = inner, _method: str = method, **k: Any) -> Any:
@@ -292,12 +292,12 @@ def test_each_forward_pass_is_needed(run: Run, monkeypatch: pytest.MonkeyPatch) 
         run(max_steps=1, held_out=None, dataset_test_split=None, overwrite=True, **words)
         return {name: number for name, number in calls.items() if number}
 
-    assert count(num_iterations=1) == {"policy logprobs": 1, "reference logprobs": 1}
-    assert count(num_iterations=3) == {"policy logprobs": 3, "reference logprobs": 1}
-    assert count(num_iterations=2, micro_batch_size=3) == {"policy logprobs": 4, "reference logprobs": 2}
-    assert count(num_iterations=2, minibatch_size=2) == {"policy logprobs": 2 + 4, "reference logprobs": 2}
+    assert count(num_iterations=1) == {"policy score": 1, "reference score": 1}
+    assert count(num_iterations=3) == {"policy score": 3, "reference score": 1}
+    assert count(num_iterations=2, micro_batch_size=3) == {"policy score": 4, "reference score": 2}
+    assert count(num_iterations=2, minibatch_size=2) == {"policy score": 2 + 4, "reference score": 2}
     # The trunk below the trained layers runs once a batch, for policy and reference, all passes together.
-    expected = {"policy logprobs": 3, "reference logprobs": 1, "policy features": 1}
+    expected = {"policy score": 3, "reference score": 1, "policy features": 1}
     assert count(num_iterations=3, trainable_layers=1) == expected
 
 
@@ -712,8 +712,8 @@ def test_conversations_need_a_chat_template(run: Run, tiny_model_folder: str, tm
 def test_a_gradient_that_is_not_finite_ends_the_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm = rl.ALGORITHMS["p3o"]
 
-    def broken(logprobs: Tensor, experience: Any, config: Any) -> Any:
-        output = algorithm.loss(logprobs, experience, config)
+    def broken(logprobs: Tensor, experience: Any, config: Any, values: Any) -> Any:
+        output = algorithm.loss(logprobs, experience, config, values)
         return type(output)(losses=output.losses * torch.inf, mask=output.mask, metrics=output.metrics)
 
     monkeypatch.setitem(rl.ALGORITHMS, "p3o", type(algorithm)(counted=algorithm.counted, loss=broken))
@@ -730,7 +730,7 @@ def test_one_update_a_batch_is_noted(run: Run, capsys: pytest.CaptureFixture[str
 
 def test_long_prompts_are_left_out_and_counted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run(max_steps=1, max_prompt_length=7)
-    assert "4 prompts are longer than max_prompt_length 7 and were left out" in capsys.readouterr().out
+    assert "4 prompts are longer than max_prompt_length and were left out" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------------- rewards

@@ -5,6 +5,7 @@ Names are loaded when they are first asked for, so that `import pairtune.maths` 
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from pairtune.errors import PairtuneError as PairtuneError
     from pairtune.evaluation import evaluate as evaluate
     from pairtune.stages.rl import train as train
+
+# torch's CPU allocator reads this once, at its first allocation: then it asks for huge pages, and a forward pass of a
+# 135M model on two cores takes 3.6 s in place of 4.5, a backward pass 5.0 in place of 5.7. A user's own setting wins.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
 

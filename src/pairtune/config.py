@@ -40,14 +40,36 @@ from pairtune.errors import PairtuneError
 class Method(NamedTuple):
     """What a method of training asks of the rest of the configuration."""
 
-    uses_ratios: bool
-    """Its loss weighs by policy / sampling probability, which is wrong when top-p or top-k cut the sampling law."""
-    min_generations: int
+    min_generations: int = 1
     """The fewest completions of one prompt from which it can learn."""
+    any_sampler: bool = False
+    """Whether it may learn from completions of another law than the policy's: one cut by top-p or top-k."""
+    uses_ratios: bool = False
+    """Whether its loss weighs by policy / sampling probability, so that several updates a batch are what it is for."""
+    needs_beta: bool = False
+    """Whether its loss has no meaning at beta 0."""
+    replays: bool = False
+    """Whether its loss stays right on completions of an earlier policy."""
+    has_values: bool = False
+    """Whether it learns a value function."""
+    offline: bool = False
+    """Whether it learns from a dataset of completions and never samples."""
 
 
 METHODS: dict[str, Method] = {
-    "p3o": Method(uses_ratios=True, min_generations=2),
+    "p3o": Method(min_generations=2, uses_ratios=True, replays=True),
+    "ppo": Method(uses_ratios=True, has_values=True),
+    "vpg": Method(has_values=True),
+    "reinforce": Method(),
+    "rloo": Method(min_generations=2),
+    "grpo": Method(min_generations=2, uses_ratios=True),
+    "rebel": Method(min_generations=2),
+    "raft": Method(min_generations=2, any_sampler=True),
+    "copg": Method(min_generations=2, any_sampler=True, needs_beta=True, replays=True),
+    "online_dpo": Method(min_generations=2, any_sampler=True, needs_beta=True, replays=True),
+    "online_ipo": Method(min_generations=2, any_sampler=True, needs_beta=True, replays=True),
+    "dpo": Method(needs_beta=True, offline=True),
+    "ipo": Method(needs_beta=True, offline=True),
 }
 
 WORDS_ELSEWHERE: dict[str, str] = {
@@ -60,6 +82,11 @@ WORDS_ELSEWHERE: dict[str, str] = {
     "eval_dataset": "eval_dataset_name",
     "eval_steps": "eval_strategy",
     "keep_last": "save_total_limit",
+    "ppo.kl_horizon": "horizon",
+    "ppo.target_kl": "kl_target target",
+    "ppo.value_clip": "cliprange_value",
+    "ppo.value_model": "value_model_path",
+    "replay": "replay_buffer_size",
     "learning_rate": "lr",
     "lora_r": "lora_rank use_peft",
     "max_completion_length": "max_length max_new_tokens response_length",
@@ -251,6 +278,9 @@ class EvaluationWords(Words):
     """Completions a held-out prompt."""
 
 
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
+
+
 class P3OConfig(Words):
     """Knobs of Pairwise Proximal Policy Optimization (read when `algorithm` is p3o)."""
 
@@ -264,13 +294,148 @@ class P3OConfig(Words):
     """c: the constant importance weight is clamped to [1/c, c]; null: the bare paper."""
 
 
+class VPGConfig(Words):
+    """Knobs of vanilla policy gradient (read when `algorithm` is vpg)."""
+
+    topic = "vpg"
+
+    gamma: UnitInterval = 1.0
+    """Discount of later rewards, a token."""
+    lam: UnitInterval = 0.95
+    """GAE's lambda: 1 trusts the rewards that came, 0 the value function."""
+    vf_coef: NonNegativeFloat = 0.1
+    """Weight of the value loss."""
+    value_model: str | None = None
+    """Reward model that the value network starts from: a hub id or a folder; null: a head on the policy."""
+
+
+class PPOConfig(VPGConfig):
+    """Knobs of token-wise PPO (read when `algorithm` is ppo)."""
+
+    topic = "ppo"
+
+    value_clip: PositiveFloat | None = 0.2
+    """Values may move this far from those of the batch, reward units, before the value loss ignores it; null: any."""
+    whiten_advantages: bool = True
+    """Advantages of a batch get mean 0 and variance 1."""
+    whiten_rewards: bool = False
+    """Token rewards of a batch get variance 1 (their mean stays)."""
+    target_kl: PositiveFloat | None = None
+    """Nats a completion that the adaptive controller steers beta to; null: beta is fixed."""
+    kl_horizon: PositiveInt = 10_000
+    """Completions over which the adaptive controller may change beta by a factor of 1.2 at most."""
+
+
+class ReinforceConfig(Words):
+    """Knobs of REINFORCE (read when `algorithm` is reinforce)."""
+
+    topic = "reinforce"
+
+    baseline: Literal["moving_average", "none"] = "moving_average"
+    """Subtracted from the trajectory reward: the mean of all earlier ones of the run, or nothing."""
+
+
+class RLOOConfig(Words):
+    """Knobs of REINFORCE leave-one-out (read when `algorithm` is rloo)."""
+
+    topic = "rloo"
+
+    clip: bool = False
+    """Clip the ratio of whole completions to 1 -+ epsilon, as trl does; the paper has no ratio."""
+
+
+class RAFTConfig(Words):
+    """Knobs of RAFT (read when `algorithm` is raft)."""
+
+    topic = "raft"
+
+    rank_by: Literal["reward", "shaped"] = "reward"
+    """What the best completion is best by: the reward, or the reward with the KL term."""
+
+
+class GRPOConfig(Words):
+    """Knobs of GRPO (read when `algorithm` is grpo)."""
+
+    topic = "grpo"
+
+    standardise: bool = True
+    """Divide a group's centred rewards by their standard deviation, as the paper does; false: Dr. GRPO's."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """Where the KL stands: k3 of every token in the loss (the paper), or log-ratios in the reward."""
+
+
+class REBELConfig(Words):
+    """Knobs of REBEL (read when `algorithm` is rebel)."""
+
+    topic = "rebel"
+
+    eta: PositiveFloat = 1.0
+    """Nats by which the log-ratio of a pair is to move for each unit of reward between the two."""
+
+
+class OnlinePreferenceConfig(Words):
+    """Knobs of online_dpo and of online_ipo (each has a section of its own)."""
+
+    topic = "online_dpo"
+
+    labels: Literal["expected", "sampled", "hard"] = "expected"
+    """Preference of a pair: its probability s(r1 - r2), one draw from it, or the better one (a tie: no pair)."""
+    clip: bool = False
+    """Stop a pair whose log-ratio moved epsilon nats to where its loss is smaller (P3O's clip; no paper has it)."""
+
+
+class OnlineIPOConfig(OnlinePreferenceConfig):
+    """Knobs of online IPO (read when `algorithm` is online_ipo)."""
+
+    topic = "online_ipo"
+
+
+class DPOConfig(Words):
+    """Knobs of offline DPO (read when `algorithm` is dpo)."""
+
+    topic = "dpo"
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the dataset's labels taken to be wrong."""
+
+
+class IPOConfig(DPOConfig):
+    """Knobs of offline IPO (read when `algorithm` is ipo)."""
+
+    topic = "ipo"
+
+
+class CoPGConfig(Words):
+    """Knobs of contrastive policy gradient (read when `algorithm` is copg)."""
+
+    topic = "copg"
+
+    offline: bool = False
+    """Learn from a dataset of scored completions (`prompt`, `completion`, `reward`) and never sample."""
+
+
 class AlgorithmWords(Words):
     """What is learned from a batch."""
 
     topic = "algorithm"
 
-    algorithm: Literal["p3o"] = "p3o"
-    """Method of training: p3o (pairwise, Wu et al. 2023)."""
+    algorithm: Literal[
+        "p3o",
+        "ppo",
+        "vpg",
+        "reinforce",
+        "rloo",
+        "grpo",
+        "rebel",
+        "raft",
+        "copg",
+        "online_dpo",
+        "online_ipo",
+        "dpo",
+        "ipo",
+    ] = "p3o"
+    """Method of training: p3o (pairwise, Wu et al. 2023) or one of its rivals; dpo and ipo read a preference
+    dataset."""
     scale_rewards: Literal["none", "running"] = "none"
     """running: divide rewards by their running standard deviation (breaks the invariance to a shift per prompt)."""
     beta: NonNegativeFloat = 0.05
@@ -287,8 +452,34 @@ class AlgorithmWords(Words):
     """Prompts an optimizer update, a divisor of `batch_size`; null: all of the batch."""
     micro_batch_size: PositiveInt | None = None
     """Prompts a forward pass on one process; changes memory and speed, not the gradient; null: all of the minibatch."""
+    replay: NonNegativeInt = 0
+    """Earlier batches that every step learns from again, beside its own (p3o, copg, online_dpo, online_ipo)."""
     p3o: P3OConfig = Field(default_factory=P3OConfig)
     """Knobs of p3o."""
+    ppo: PPOConfig = Field(default_factory=PPOConfig)
+    """Knobs of ppo."""
+    vpg: VPGConfig = Field(default_factory=VPGConfig)
+    """Knobs of vpg."""
+    reinforce: ReinforceConfig = Field(default_factory=ReinforceConfig)
+    """Knobs of reinforce."""
+    rloo: RLOOConfig = Field(default_factory=RLOOConfig)
+    """Knobs of rloo."""
+    grpo: GRPOConfig = Field(default_factory=GRPOConfig)
+    """Knobs of grpo."""
+    rebel: REBELConfig = Field(default_factory=REBELConfig)
+    """Knobs of rebel."""
+    raft: RAFTConfig = Field(default_factory=RAFTConfig)
+    """Knobs of raft."""
+    copg: CoPGConfig = Field(default_factory=CoPGConfig)
+    """Knobs of copg."""
+    online_dpo: OnlinePreferenceConfig = Field(default_factory=OnlinePreferenceConfig)
+    """Knobs of online_dpo."""
+    online_ipo: OnlineIPOConfig = Field(default_factory=OnlineIPOConfig)
+    """Knobs of online_ipo."""
+    dpo: DPOConfig = Field(default_factory=DPOConfig)
+    """Knobs of dpo."""
+    ipo: IPOConfig = Field(default_factory=IPOConfig)
+    """Knobs of ipo."""
 
 
 class OptimizerWords(Words):
@@ -366,9 +557,29 @@ class TrainConfig(
     """Everything `pairtune train` and `pairtune demo` can be told."""
 
     @property
-    def updates_per_step(self) -> int:
-        """Optimizer updates that one batch of experience is used for."""
+    def updates_per_batch(self) -> int:
+        """Optimizer updates that one batch of experience is used for in a step."""
         return self.num_iterations * (self.batch_size // (self.minibatch_size or self.batch_size))
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer updates of a step that has all its earlier batches to learn from again."""
+        return (1 + self.replay) * self.updates_per_batch
+
+    @property
+    def offline(self) -> bool:
+        """Whether training reads completions from a dataset and never samples."""
+        return METHODS[self.algorithm].offline or (self.algorithm == "copg" and self.copg.offline)
+
+    @property
+    def adapts_beta(self) -> bool:
+        """Whether the weight of the KL changes from step to step."""
+        return self.algorithm == "ppo" and self.ppo.target_kl is not None
+
+    @property
+    def value_model(self) -> str | None:
+        """What the value network starts from, None where there is none of its own."""
+        return self.ppo.value_model if self.algorithm == "ppo" else self.vpg.value_model
 
     @model_validator(mode="after")
     def _fits_together(self) -> TrainConfig:
@@ -416,17 +627,23 @@ MAX_SENTENCES = 5
 def _contradictions(config: TrainConfig) -> Iterator[str]:
     """One sentence for each pair of settings that cannot both be meant."""
     name, method = config.algorithm, METHODS[config.algorithm]
-    if config.num_generations < method.min_generations:
+    if config.num_generations < method.min_generations and not config.offline:
         yield (
             f"num_generations is {config.num_generations}, but {name} compares completions of one prompt; "
             f"give {method.min_generations} or more."
         )
-    if method.uses_ratios and (config.top_p < 1 or config.top_k > 0):
+    if not (method.any_sampler or config.offline) and (config.top_p < 1 or config.top_k > 0):
         key, value, mend = ("top_p", config.top_p, 1) if config.top_p < 1 else ("top_k", config.top_k, 0)
-        yield (
-            f"{key} is {value}, but {name} weighs by probability ratios, which a truncated sampling law falsifies; "
-            f"train with {key} {mend}."
-        )
+        why = "weighs by probability ratios" if method.uses_ratios else "differentiates the law that samples"
+        yield f"{key} is {value}, but {name} {why}, which a truncated law falsifies; train with {key} {mend}."
+    if method.needs_beta and config.beta == 0:
+        yield f"beta is 0, but {name} divides by it, or has no reference without it; give a beta above 0, such as 0.05."
+    if config.replay and (config.offline or not method.replays):
+        why = "reads a dataset" if config.offline else "is right only on completions of the policy as it is"
+        methods = _or(tuple(other for other, its in METHODS.items() if its.replays))
+        yield f"replay is {config.replay}, but {name} {why}; set it to 0, or take {methods}."
+    if config.offline and config.scale_rewards == "running":
+        yield f"scale_rewards is running, but {name} takes its rewards from the dataset; set it to none."
     if config.minibatch_size is not None and config.batch_size % config.minibatch_size:
         yield (
             f"minibatch_size is {config.minibatch_size}, which does not divide batch_size {config.batch_size}; "
@@ -445,9 +662,19 @@ def warnings_for(config: TrainConfig) -> list[str]:
     """One sentence for each setting that is allowed but does nothing, or costs a property that users count on."""
     warnings = []
     if METHODS[config.algorithm].uses_ratios and config.updates_per_step == 1:
+        knobs = ", p3o.clip, p3o.max_ratio and p3o.kl_at do" if config.algorithm == "p3o" else " does"
         warnings.append(
-            "num_iterations is 1 with one minibatch a batch, so every ratio is 1 and epsilon, p3o.clip, p3o.max_ratio "
-            "and p3o.kl_at do nothing; set num_iterations to 2 or more."
+            f"num_iterations is 1 with one minibatch a batch, so every ratio is 1 and epsilon{knobs} nothing; "
+            "set num_iterations to 2 or more."
+        )
+    if config.offline and config.num_iterations > 1:
+        warnings.append(
+            f"num_iterations is {config.num_iterations}, so every batch of the dataset is learned from "
+            f"{config.num_iterations} times in a row; set it to 1 to go through the dataset as others do."
+        )
+    if config.algorithm == "raft" and config.raft.rank_by == "reward" and config.beta > 0:
+        warnings.append(
+            f"beta is {config.beta}, but does nothing with raft.rank_by reward; set that to shaped to rank with the KL."
         )
     default_epsilon = TrainConfig.model_fields["epsilon"].default
     if config.algorithm == "p3o" and config.p3o.clip == "none" and config.epsilon != default_epsilon:
@@ -725,7 +952,7 @@ def unknown_key(cls: type[Words], key: str, shown: str) -> str:
 def nearest_key(key: str, keys: list[str]) -> str | None:
     """The key that was probably meant: another library's word, the same word in a section, or the nearest spelling."""
     word = key.rpartition(".")[2]
-    by_word = {known.rpartition(".")[2]: known for known in keys}
+    by_word = {known.rpartition(".")[2]: known for known in reversed(keys)}  # of several, the first in the help
     if FOREIGN_WORDS.get(word) in keys:
         return FOREIGN_WORDS[word]
     if word in by_word:

@@ -33,6 +33,8 @@ Chat = Literal["auto", "always", "never"]
 EVERYDAY = Path(__file__).parent / "demo" / "everyday.jsonl"
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 SPLIT_COLUMN = "split"
+HUMAN, ASSISTANT = "Human:", "\n\nAssistant:"
+"""How the HH datasets mark the turns of a dialogue that is one string (Bai et al. 2022, arXiv 2204.05862)."""
 
 
 # Where rows come from.
@@ -53,14 +55,24 @@ def load_prompts(
     variant = config.dataset_config if train_dataset is None else None
     rows = load_dataset_rows(source, split=config.dataset_train_split, config=variant)
     train = _encoded(rows, source, config, tokenizer)
+    return train, load_held_out(config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+
+
+def load_held_out(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, *, train_dataset: Any = None, eval_dataset: Any = None
+) -> PromptDataset | None:
+    """The held-out prompts alone, as `load_prompts` finds them."""
     if eval_dataset is not None:
-        return train, load_eval_prompts(config, tokenizer, eval_dataset)
+        return load_eval_prompts(config, tokenizer, eval_dataset)
     if config.dataset_test_split is None:
-        return train, None
+        return None
     if config.eval_dataset is not None:
-        return train, load_eval_prompts(config, tokenizer, config.eval_dataset)
-    rows = load_dataset_rows(source, split=config.dataset_test_split, config=variant)
-    return train, _encoded(rows, source, config, tokenizer)
+        return load_eval_prompts(config, tokenizer, config.eval_dataset)
+    source = config.dataset if train_dataset is None else train_dataset
+    variant = config.dataset_config if train_dataset is None else None
+    return _encoded(
+        load_dataset_rows(source, split=config.dataset_test_split, config=variant), source, config, tokenizer
+    )
 
 
 def load_eval_prompts(
@@ -80,7 +92,7 @@ def load_eval_prompts(
 def _encoded(
     rows: list[Row], source: Any, config: TrainConfig | EvaluateConfig, tokenizer: PreTrainedTokenizerBase
 ) -> PromptDataset:
-    return RawPrompts.from_rows(rows, prompt_column=config.prompt_column, name=_name(source)).encode(
+    return RawPrompts.from_rows(rows, prompt_column=config.prompt_column, name=dataset_name(source)).encode(
         tokenizer, chat=config.chat, system_prompt=config.system_prompt, max_prompt_length=config.max_prompt_length
     )
 
@@ -99,7 +111,7 @@ def load_dataset_rows(dataset: Any, *, split: str, config: str | None = None, on
 
     Raises PairtuneError if the dataset, the file or the split does not exist, is empty, or cannot be read.
     """
-    name = _name(dataset)
+    name = dataset_name(dataset)
     if isinstance(dataset, str | Path) and not _is_file(dataset):
         rows = _load_with_datasets(str(dataset), config, split, only_split)
     elif config is not None:
@@ -120,7 +132,7 @@ def load_dataset_rows(dataset: Any, *, split: str, config: str | None = None, on
     return rows
 
 
-def _name(dataset: Any) -> str:
+def dataset_name(dataset: Any) -> str:
     """What error messages call a dataset."""
     return (
         f"dataset {str(dataset)!r}" if isinstance(dataset, str | Path) else f"the {type(dataset).__name__} of prompts"
@@ -277,6 +289,16 @@ class RawPrompts:
     """The other columns, one value a prompt (None where a row lacks it); they reach the reward functions."""
     name: str
     """What error messages call it."""
+    numbers: list[int] | None = None
+    """The row of the dataset that each prompt came from; None: the first prompt is row 0, and so on."""
+
+    def __post_init__(self) -> None:
+        for row, prompt in enumerate(self.prompts):
+            if isinstance(prompt, str) != isinstance(self.prompts[0], str):
+                raise PairtuneError(
+                    f"{self.place(row)} and its row {self.number(0)} differ in kind, one being plain text and the "
+                    "other a conversation; write all prompts the same way."
+                )
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row], *, prompt_column: str = "prompt", name: str = "the dataset") -> RawPrompts:
@@ -284,31 +306,18 @@ class RawPrompts:
 
         A prompt is a string or a list of `{"role", "content"}` turns. It stands in `prompt_column`; what stands beside
         it (`completion`, `chosen`, `rejected`, ...) is kept as columns. Rows with `chosen` and `rejected` alone hold it
-        implicitly: it is the turns that both share, or, for strings, the text that both share up to the last whole
-        word. (TRL cuts strings at the first character that differs, which can leave the answers' first letters in the
-        prompt.)
+        implicitly, see `shared_prompt`.
 
         Raises PairtuneError naming the row for a missing column, an empty prompt, a wrong type, a conversation that
         ends with the assistant, or a mixture of strings and conversations.
         """
-        column_names = list(dict.fromkeys(column for row in rows for column in row))
-        implicit = (
-            prompt_column == "prompt" and "prompt" not in column_names and {"chosen", "rejected"} <= set(column_names)
-        )
-        if not implicit and prompt_column not in column_names:
-            nearest = get_close_matches(prompt_column, column_names, n=1)
-            mend = f"did you mean `{nearest[0]}`?" if nearest else "name the right one with prompt_column=..."
-            raise PairtuneError(f"{name} has no column `{prompt_column}`, only {listed(column_names)}; {mend}")
+        implicit = prompts_are_implicit(rows, prompt_column, name)
         prompts: list[Prompt] = []
         for number, row in enumerate(rows):
             place = f"row {number} of {name}"
-            prompt = _shared_prompt(row, place) if implicit else row.get(prompt_column)
-            prompts.append(_checked_prompt(prompt, place))
-            if isinstance(prompt, str) != isinstance(prompts[0], str):
-                raise PairtuneError(
-                    f"{place} and its row 0 differ in kind, one being plain text and the other a conversation; "
-                    "write all prompts the same way."
-                )
+            prompt = shared_prompt(row, place) if implicit else row.get(prompt_column)
+            prompts.append(checked_prompt(prompt, place))
+        column_names = columns_of(rows)
         columns = {column: [row.get(column) for row in rows] for column in column_names if column != prompt_column}
         return cls(prompts, columns, name)
 
@@ -336,6 +345,50 @@ class RawPrompts:
         Raises PairtuneError if there is no template where one is needed, if the template refuses a prompt, if a system
         prompt has nowhere to go, or if no prompt is short enough.
         """
+        prompt_format = self.format(
+            tokenizer, chat=chat, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs
+        )
+        texts = [prompt_format.text(prompt, self.place(row)) for row, prompt in enumerate(self.prompts)]
+        encoded = prompt_format.token_ids(texts)
+        for row, ids in enumerate(encoded):
+            if not ids:
+                raise PairtuneError(f"{self.place(row)}: the prompt {shortened(texts[row])} has no tokens.")
+        kept = [row for row, ids in enumerate(encoded) if len(ids) <= max_prompt_length]
+        if not kept:
+            raise PairtuneError(
+                f"all {len(self)} prompts of {self.name} are longer than max_prompt_length={max_prompt_length} tokens "
+                f"(the shortest has {min(map(len, encoded))}): raise max_prompt_length."
+            )
+        return PromptDataset(
+            prompts=[self.prompts[row] for row in kept],
+            columns={column: [values[row] for row in kept] for column, values in self.columns.items()},
+            token_ids=[encoded[row] for row in kept],
+            numbers=[self.number(row) for row in kept],
+            num_left_out=len(self) - len(kept),
+            name=self.name,
+            pad_token_id=_first_given(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
+        )
+
+    def number(self, row: int) -> int:
+        """The row of the dataset that prompt `row` came from."""
+        return row if self.numbers is None else self.numbers[row]
+
+    def place(self, row: int) -> str:
+        """What error messages call prompt `row`."""
+        return f"row {self.number(row)} of {self.name}"
+
+    def format(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        chat: Chat = "auto",
+        system_prompt: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> PromptFormat:
+        """How these prompts, and completions behind them, become token ids: as `encode` says.
+
+        Raises PairtuneError if there is no template where one is needed, or if a system prompt has nowhere to go.
+        """
         conversational = not isinstance(self.prompts[0], str)
         templated = conversational or chat == "always" or (chat == "auto" and bool(tokenizer.chat_template))
         if templated and not tokenizer.chat_template:
@@ -349,54 +402,100 @@ class RawPrompts:
             raise PairtuneError(
                 f"system_prompt has nowhere to go, for the prompts {why}: leave it out, or write it into the dataset."
             )
+        return PromptFormat(tokenizer, templated, system_prompt, chat_template_kwargs)
 
-        if templated:
-            opening = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-            texts = [
-                _apply_template(
-                    tokenizer, _as_turns(prompt, opening), chat_template_kwargs, f"row {row} of {self.name}"
-                )
-                for row, prompt in enumerate(self.prompts)
-            ]
-        else:
-            texts = [str(prompt) for prompt in self.prompts]
-        encoded = tokenizer(texts, add_special_tokens=not templated, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
-        if not templated:
-            encoded = [_one_bos_no_eos(ids, text, tokenizer) for ids, text in zip(encoded, texts, strict=True)]
 
-        for row, ids in enumerate(encoded):
-            if not ids:
-                raise PairtuneError(f"row {row} of {self.name}: the prompt {shortened(texts[row])} has no tokens.")
-        kept = [row for row, ids in enumerate(encoded) if len(ids) <= max_prompt_length]
-        if not kept:
-            raise PairtuneError(
-                f"all {len(self)} prompts of {self.name} are longer than max_prompt_length={max_prompt_length} tokens "
-                f"(the shortest has {min(map(len, encoded))}): raise max_prompt_length."
+@dataclass(frozen=True)
+class PromptFormat:
+    """How the prompts of one dataset, and completions behind them, become text and token ids of one tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    templated: bool
+    """Whether prompts go through the tokenizer's chat template."""
+    system_prompt: str | None
+    chat_template_kwargs: Mapping[str, Any] | None
+
+    def text(self, prompt: Prompt, place: str, completion: str | None = None) -> str:
+        """A prompt opened for the assistant's turn, or with that turn behind it.
+
+        Raises PairtuneError, naming `place`, if the template refuses the turns.
+        """
+        if not self.templated:
+            return str(prompt) + (completion or "")
+        opening = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        turns = [*opening, *as_turns(prompt)]
+        if completion is not None:
+            turns.append({"role": "assistant", "content": completion})
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=completion is None, **(self.chat_template_kwargs or {})
             )
-        return PromptDataset(
-            prompts=[self.prompts[row] for row in kept],
-            columns={column: [values[row] for row in kept] for column, values in self.columns.items()},
-            token_ids=[list(encoded[row]) for row in kept],
-            num_left_out=len(self) - len(kept),
-            name=self.name,
-            pad_token_id=_first_given(tokenizer.pad_token_id, tokenizer.eos_token_id, 0),
-        )
+        except Exception as error:  # templates are programs of their own and raise what they like
+            what = "prompt" if completion is None else "conversation"
+            refusal = f"the chat template of {self.tokenizer.name_or_path!r} refuses the {what}: {first_line(error)}"
+            raise PairtuneError(f"{place}: {refusal}") from error
+        return str(rendered)
+
+    def token_ids(self, texts: list[str]) -> list[list[int]]:
+        """The ids of texts that begin with a prompt: one BOS at most, no EOS that the text does not hold."""
+        encoded = self.tokenizer(
+            texts, add_special_tokens=not self.templated, return_attention_mask=False, verbose=False
+        )["input_ids"]
+        if self.templated:
+            return [list(ids) for ids in encoded]
+        return [_one_bos_no_eos(ids, text, self.tokenizer) for ids, text in zip(encoded, texts, strict=True)]
 
 
 def _first_given(*ids: int | None) -> int:
     return next(token_id for token_id in ids if token_id is not None)
 
 
-def _shared_prompt(row: Row, place: str) -> Prompt:
-    """The prompt that `chosen` and `rejected` have in common; at least one word or turn is left to each of them."""
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """The columns that any of the rows has, in order of appearance."""
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def missing_column(column: str, rows: Sequence[Row], name: str, mend: str) -> PairtuneError:
+    """The error for a dataset without a column that it must have; `mend` is said where no other name is close."""
+    column_names = columns_of(rows)
+    nearest = get_close_matches(column, column_names, n=1)
+    mend = f"did you mean `{nearest[0]}`?" if nearest else mend
+    return PairtuneError(f"{name} has no column `{column}`, only {listed(column_names)}; {mend}")
+
+
+def prompts_are_implicit(rows: Sequence[Row], prompt_column: str, name: str) -> bool:
+    """Whether the rows hold their prompts in `chosen` and `rejected` alone.
+
+    Raises PairtuneError if there are no prompts at all.
+    """
+    column_names = columns_of(rows)
+    if prompt_column in column_names:
+        return False
+    if prompt_column == "prompt" and {"chosen", "rejected"} <= set(column_names):
+        return True
+    raise missing_column(prompt_column, rows, name, "name the right one with prompt_column=...")
+
+
+def shared_prompt(row: Row, place: str) -> Prompt:
+    """The prompt that `chosen` and `rejected` have in common; at least one word or turn is left to each of them.
+
+    For conversations it is the turns that both share. For strings in the markup of the HH datasets ("\\n\\nHuman: ...
+    \\n\\nAssistant: ...") that differ in the last turn only, it is all that precedes that turn. For other strings it is
+    the text that both share up to the last whole word. (TRL cuts strings at the first character that differs, which
+    leaves the words that two answers begin with, and even letters, in the prompt.)
+
+    Raises PairtuneError, naming `place`, for wrong types and for two that share no beginning.
+    """
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-        # Back to the last white space, so that no word is cut in two; a space itself begins the next word.
-        prompt: Prompt = re.sub(r"\S+\Z", "", shared).removesuffix(" ")
+        prompt: Prompt = dialogue_prompt(chosen) or ""
+        if not prompt or prompt != dialogue_prompt(rejected):
+            pairs = zip(chosen, rejected, strict=False)
+            shared = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            # Back to the last white space, so that no word is cut in two; a space itself begins the next word.
+            prompt = re.sub(r"\S+\Z", "", shared).removesuffix(" ")
     elif isinstance(chosen, list) and isinstance(rejected, list):
+        check_turns([*chosen, *rejected], place)
         num_shared = 0
         while num_shared < min(len(chosen), len(rejected)) - 1 and chosen[num_shared] == rejected[num_shared]:
             num_shared += 1
@@ -410,7 +509,17 @@ def _shared_prompt(row: Row, place: str) -> Prompt:
     return prompt
 
 
-def _checked_prompt(prompt: Any, place: str) -> Prompt:
+def dialogue_prompt(text: str) -> str | None:
+    """What precedes the assistant's last turn in a dialogue in the markup of the HH datasets; None for other text."""
+    prompt, marker, _ = text.rpartition(ASSISTANT)
+    return prompt + marker if prompt.lstrip().startswith(HUMAN) else None
+
+
+def checked_prompt(prompt: Any, place: str) -> Prompt:
+    """`prompt`, if it is one.
+
+    Raises PairtuneError naming `place` for an empty prompt, a wrong type, a conversation that ends with the assistant.
+    """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise PairtuneError(f"{place}: the prompt is empty.")
@@ -420,9 +529,7 @@ def _checked_prompt(prompt: Any, place: str) -> Prompt:
         raise PairtuneError(f"{place}: the prompt is {what}; it must be a string or a list of role/content turns.")
     if not prompt:
         raise PairtuneError(f"{place}: the prompt is an empty conversation.")
-    for turn in prompt:
-        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
-            raise PairtuneError(f'{place}: {shortened(turn)} is not a turn like {{"role": "user", "content": "..."}}.')
+    check_turns(prompt, place)
     if prompt[-1]["role"] == "assistant":
         raise PairtuneError(
             f"{place}: the conversation ends with the assistant's turn; a prompt must end before the assistant speaks."
@@ -430,18 +537,16 @@ def _checked_prompt(prompt: Any, place: str) -> Prompt:
     return prompt
 
 
-def _as_turns(prompt: Prompt, opening: list[Row]) -> list[Row]:
-    return [*opening, {"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+def check_turns(turns: list[Any], place: str) -> None:
+    """Raises PairtuneError, naming `place`, for what is no turn with a role and text."""
+    for turn in turns:
+        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
+            raise PairtuneError(f'{place}: {shortened(turn)} is not a turn like {{"role": "user", "content": "..."}}.')
 
 
-def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, turns: list[Row], kwargs: Mapping[str, Any] | None, place: str
-) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **(kwargs or {})))
-    except Exception as error:  # templates are programs of their own and raise what they like
-        refusal = f"the chat template of {tokenizer.name_or_path!r} refuses the prompt: {first_line(error)}"
-        raise PairtuneError(f"{place}: {refusal}") from error
+def as_turns(prompt: Prompt) -> list[Row]:
+    """A prompt as a conversation; plain text is what the user says."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def _one_bos_no_eos(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -464,6 +569,8 @@ class PromptDataset:
     columns: dict[str, list[Any]]
     token_ids: list[list[int]]
     """The ids of each prompt, without padding."""
+    numbers: list[int]
+    """The row of the dataset, as it was read, that each prompt came from."""
     num_left_out: int
     """Prompts of the dataset that were longer than max_prompt_length; `rows` count without them."""
     name: str
@@ -473,6 +580,12 @@ class PromptDataset:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def notes(self) -> list[str]:
+        """What of the dataset is not used, for the user to read."""
+        left_out = f"{self.num_left_out} prompts are longer than max_prompt_length and were left out"
+        return [left_out] if self.num_left_out else []
 
     def batch(self, rows: Sequence[int], *, device: torch.device | str = "cpu") -> Prompts:
         """The named rows as one batch, left-padded to its longest prompt: ids and mask (P, S), rows (P,)."""

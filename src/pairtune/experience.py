@@ -1,4 +1,7 @@
-"""collect(prompts) -> Experience: sample, score, reference log-probabilities."""
+"""collect(prompts) -> Experience: sample, score, reference log-probabilities; or read completions from a dataset.
+
+Also what an earlier batch needs to be learned from again: its experience as tensors, to save and to come back from.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,22 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pairtune.config import TrainConfig
+from pairtune.data import shard
 from pairtune.feedback.rewards import RewardSet
 from pairtune.models.loading import LoadedPolicy
 from pairtune.models.logprobs import Layout
 from pairtune.models.sampler import Sampler, SamplingParams
 from pairtune.runs import distributed
-from pairtune.types import Completions, Experience, Prompts
+from pairtune.types import Completions, Experience, Prompts, Targets
+
+if TYPE_CHECKING:
+    from pairtune.completion_data import OfflineBatch, OfflineDataset
 
 Phase = Callable[..., AbstractContextManager[Callable[[float], None]]]
 """phase(name, label, total=None): a part of a step, timed under its name and shown under its label; yields a progress
@@ -138,5 +145,120 @@ def collect(
         rewards=scores.rewards.to(policy.device),
         reward_mask=scores.reward_mask.to(policy.device),
         ref_logprobs=ref_logprobs,
+        rows=prompts.rows,
+        step=step,
     )
     return Collected(experience, layout, features, texts, scores.metrics, scores.extras)
+
+
+# ------------------------------------------------------------------------------------------- completions from a dataset
+
+
+def collect_offline(
+    batch: OfflineBatch,
+    *,
+    policy: LoadedPolicy,
+    references: ReferenceCache,
+    config: TrainConfig,
+    step: int,
+    phase: Phase,
+) -> Collected:
+    """A batch of a dataset's completions with their rewards there, and the reference's log-probabilities."""
+    with phase("ref_logprobs", "reference log-probabilities"):
+        layout = policy.scorer.layout(batch.completions)
+        cuts = first_pass(config, len(batch.prompts), policy.device)
+        features = trunk_features(policy, layout, cuts)
+        ref_logprobs = references.logprobs(batch.prompts.rows.tolist(), layout, features, cuts, step=step)
+    experience = Experience(
+        completions=batch.completions,
+        rewards=batch.rewards,
+        reward_mask=batch.reward_mask,
+        ref_logprobs=ref_logprobs,
+        rows=batch.prompts.rows,
+        step=step,
+    )
+    return Collected(experience, layout, features, decode(policy.tokenizer, batch.completions), {}, {})
+
+
+class ReferenceCache:
+    """The reference's log-probabilities of a dataset's completions, each computed once.
+
+    A row's are computed with the batch in which it first comes. A resumed run, which has lost them, computes them with
+    that same batch again: in another batch they could differ in the last bits.
+    """
+
+    def __init__(self, dataset: OfflineDataset, policy: LoadedPolicy, config: TrainConfig) -> None:
+        self._dataset, self._policy, self._config = dataset, policy, config
+        self._known: dict[int, Tensor] = {}
+        """row -> the log-probabilities of all tokens of its completions, one after another."""
+        self._first_step: dict[int, int] = {}
+        self._steps_scanned = 0
+
+    def logprobs(
+        self, rows: list[int], layout: Layout, features: Tensor | None, cuts: Sequence[Tensor], *, step: int
+    ) -> Tensor:
+        """(P, K, T) of the rows of this step's batch, which `layout` holds."""
+        if any(row not in self._known and self._first(row) == step for row in rows):
+            self._compute(rows, layout, features, cuts)
+        for row in rows:
+            if row not in self._known:
+                self._compute_again(row)
+        empty = torch.zeros(layout.mask.shape, device=layout.mask.device)
+        return empty.masked_scatter(layout.mask, torch.cat([self._known[row] for row in rows]).to(empty))
+
+    def _compute(self, rows: list[int], layout: Layout, features: Tensor | None, cuts: Sequence[Tensor]) -> None:
+        logprobs = reference_logprobs(self._policy, layout, features, cuts, temperature=self._config.temperature)
+        for row, row_logprobs, mask in zip(rows, logprobs, layout.mask, strict=True):
+            self._known.setdefault(row, row_logprobs[mask].cpu())
+
+    def _compute_again(self, row: int) -> None:
+        """With the share of the batch in which the row first came."""
+        everyone = self._dataset.step_rows(self._config.seed, self._first(row), self._config.batch_size)
+        shares = [shard(everyone, rank, distributed.world_size()) for rank in range(distributed.world_size())]
+        rows = next(share for share in shares if row in share)
+        layout = self._policy.scorer.layout(self._dataset.batch(rows, device=self._policy.device).completions)
+        cuts = first_pass(self._config, len(rows), self._policy.device)
+        self._compute(rows, layout, trunk_features(self._policy, layout, cuts), cuts)
+
+    def _first(self, row: int) -> int:
+        """The step in whose batch a row first comes."""
+        while row not in self._first_step:
+            step = self._steps_scanned
+            for other in self._dataset.step_rows(self._config.seed, step, self._config.batch_size):
+                self._first_step.setdefault(other, step)
+            self._steps_scanned += 1
+        return self._first_step[row]
+
+
+# ------------------------------------------------------------------------------------------------------ earlier batches
+
+
+def as_tensors(experience: Experience) -> dict[str, Tensor]:
+    """An experience as named tensors, to be saved; `from_tensors` is the way back."""
+    completions, targets = vars(experience.completions), vars(experience.targets)
+    values = {
+        **{f"completions.{name}": value for name, value in completions.items()},
+        **{f"targets.{name}": value for name, value in targets.items()},
+        **{name: value for name, value in vars(experience).items() if name not in ("completions", "targets")},
+    }
+    return {
+        name: value if isinstance(value, Tensor) else torch.tensor(value)
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def from_tensors(tensors: dict[str, Tensor], policy: LoadedPolicy, config: TrainConfig) -> Collected:
+    """A saved experience, ready to be learned from again."""
+    tensors = {name: value.to(policy.device) for name, value in tensors.items()}
+
+    def section(prefix: str) -> dict[str, Any]:
+        found = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        return {name: value.item() if value.ndim == 0 else value for name, value in found.items()}
+
+    whole = {name: value for name, value in section("").items() if "." not in name}
+    completions = Completions(**section("completions."))
+    experience = Experience(completions=completions, targets=Targets(**section("targets.")), **whole)
+    layout = policy.scorer.layout(completions)
+    cuts = first_pass(config, len(experience.rewards), policy.device)
+    return Collected(experience, layout, trunk_features(policy, layout, cuts), [], {}, {})

@@ -88,7 +88,7 @@ class Targets:
 
     def select(self, prompts: Tensor) -> Targets:
         """The targets of some of the prompts. prompts: (p,) int64."""
-        tensors = {name: x[prompts] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        tensors: dict[str, Any] = {name: x[prompts] for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors)
 
 
@@ -112,6 +112,10 @@ class Experience:
     masked. None for a method without a value function."""
     targets: Targets = Targets()
     """What the method's `prepare` made of all this."""
+    rows: Tensor | None = None
+    """(P,) int64, the row of each prompt in its dataset: with the step it seeds whatever is drawn for a prompt."""
+    step: int = 0
+    """The step that collected it."""
 
     def select(self, prompts: Tensor) -> Experience:
         """The experience of some of the prompts. prompts: (p,) int64."""
@@ -123,6 +127,8 @@ class Experience:
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[prompts],
             old_values=None if self.old_values is None else self.old_values[prompts],
             targets=self.targets.select(prompts),
+            rows=None if self.rows is None else self.rows[prompts],
+            step=self.step,
         )
 
 

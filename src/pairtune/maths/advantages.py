@@ -79,7 +79,7 @@ def _sum_of_differences(rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class MovingAverage:
-    """The mean of all rewards that training has seen: the baseline of REINFORCE (Ahmadian et al. 2024, section 2.3).
+    """The mean of all rewards that training has seen: the baseline of REINFORCE in Ahmadian et al. 2024.
 
     Take `mean` before `update_moving_average` with the rewards of the step: a baseline that contains the reward which
     it is subtracted from is biased.
@@ -110,7 +110,8 @@ def update_moving_average(average: MovingAverage, rewards: Tensor, mask: Tensor 
 def token_rewards(rewards: Tensor, logratio: Tensor, *, beta: float, mask: Tensor) -> Tensor:
     """-beta log(policy / reference) of every token, and the score on the last: (...), (..., T) -> (..., T).
 
-    The reward of token-wise PPO (Ziegler et al. 2019, arXiv 1909.08593, eq. 2) and of Algorithm 1 of the P3O paper.
+    The reward of token-wise PPO (the modified reward R of Ziegler et al. 2019, arXiv 1909.08593) and of Algorithm 1 of
+    the P3O paper.
     `logratio` is the one of the policy that sampled (k1, which as a reward has the gradient of the KL). Summed over
     tokens it is the trajectory reward. `mask` (..., T); a row without a token gives zeros, and its reward is not read.
     Raises ValueError where shapes differ or the mask is not bool.

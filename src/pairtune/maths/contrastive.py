@@ -9,7 +9,7 @@ For a pair of completions of one prompt, with
 the losses, to be minimised, are
 
     CoPG   (dr - beta du)^2 / (2 beta)    Flet-Berliac et al. 2024, arXiv 2406.19185, eq. 7 to 9 and 34 to 38
-    REBEL  (dl - eta dR)^2                Gao et al. 2024, arXiv 2404.16767, Algorithm 1
+    REBEL  (dl - eta dR)^2                Gao et al. 2024, arXiv 2404.16767, its squared loss
 
 Both are losses of a difference in every pair, so neither has importance weights or a clip, and any policy may have
 sampled that reaches all completions. A group of K > 2 completions takes the mean over its pairs.

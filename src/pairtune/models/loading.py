@@ -12,7 +12,7 @@ import copy
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,14 +21,17 @@ from torch import Tensor, nn
 
 from pairtune.errors import PairtuneError
 from pairtune.models.logprobs import (
+    Layout,
     Scorer,
-    _shallow_copy,
+    Scores,
     body,
     can_share_prefix,
     can_split,
     causal_lm,
     check_head,
+    frozen_top,
 )
+from pairtune.models.values import ValueFunction, ValueHead, ValueNetwork
 from pairtune.models.weights import resolve_model
 
 
@@ -105,6 +108,28 @@ class LoadedPolicy:
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
     """What was found out while loading, for the user to read."""
+    value: ValueFunction | None = None
+    """Of a method that has one: a head on the policy, or a network of its own. Its parameters are among `masters`."""
+
+    def score(
+        self,
+        layout: Layout,
+        features: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Scores:
+        """Log-probabilities, entropies and, where there is a value function, values under the weights as they are.
+
+        One forward pass of the policy; a value network makes one of its own. `features` are the policy's trunk's.
+        """
+        head = self.value if isinstance(self.value, ValueHead) else None
+        scores = self.scorer.score(
+            layout, features, temperature=temperature, with_entropy=with_entropy, value_head=head
+        )
+        if isinstance(self.value, ValueNetwork):
+            scores = replace(scores, values=self.value.values(layout))
+        return scores
 
 
 def choose_device(name: str) -> torch.device:
@@ -208,8 +233,8 @@ def load_causal_lm(
 class _loading:
     """Turns the many errors of a missing or unreadable model into one sentence."""
 
-    def __init__(self, name: str, what: str) -> None:
-        self.name, self.what = name, what
+    def __init__(self, name: str, what: str, *, key: str = "model") -> None:
+        self.name, self.what, self.key = name, what, key
 
     def __enter__(self) -> None:
         pass
@@ -218,8 +243,9 @@ class _loading:
         if isinstance(error, (OSError, KeyError, ValueError, SafetensorError)) and not isinstance(error, PairtuneError):
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise PairtuneError(
-                f"model: the {self.what} of {self.name!r} could not be loaded ({first.strip()[:200]}); give a hub id "
-                "that this machine can reach, a local folder saved by save_pretrained, or smollm2-135m-instruct-q4."
+                f"{self.key}: the {self.what} of {self.name!r} could not be loaded ({first.strip()[:200]}); give a hub "
+                "id that this machine can reach or a local folder saved by save_pretrained"
+                f"{', or smollm2-135m-instruct-q4' if self.key == 'model' else ''}."
             ) from error
 
 
@@ -259,6 +285,8 @@ def load_policy(
     lora_alpha: int = 32,
     lora_target_modules: str | list[str] = "all-linear",
     gradient_checkpointing: bool = False,
+    with_values: bool = False,
+    value_model: str | Any | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedPolicy:
@@ -267,6 +295,11 @@ def load_policy(
     `name` is a hub id, a local folder, a name that `pairtune.models.weights` knows, or a model already in memory (then
     `tokenizer` is required). What is trained: everything, the last `trainable_layers` decoder layers with the final
     norm, or a LoRA adapter of rank `lora_r`. The reference is a frozen copy of what is trained and shares the rest.
+
+    `with_values` is for a method that has a value function, and `value_model` is read only then: None for a linear head
+    on the policy that starts at zero, else the reward model (a hub id, a local folder, or one in memory) from which a
+    network of its own starts, fully trained whatever is trained of the policy. A model in memory is trained in place,
+    so it must not be the one that gives the rewards.
     """
     torch_device = choose_device(device)
     notes = []
@@ -289,7 +322,24 @@ def load_policy(
         model = disable_dropout(name).to(torch_device).eval()
         torch_dtype = next(model.parameters()).dtype
     refuse_other_heads(model)
+    value: ValueFunction | None = None
     shared = can_share_prefix(model)
+    if with_values and value_model is None:
+        value = _value_head(model)
+        notes.append("values come from a linear head on the policy")
+    elif with_values:
+        value = load_value_network(
+            value_model,
+            policy=model,
+            tokenizer=tokenizer,
+            attn_implementation=attn_implementation,
+            gradient_checkpointing=gradient_checkpointing,
+            trust_remote_code=trust_remote_code,
+        )
+        # One layout for both: a second one would have widths, and so roundings, of its own.
+        shared = shared and can_share_prefix(value.model)
+        size = sum(p.numel() for _, p in value.named_parameters())
+        notes.append(f"values come from a network of their own, {size / 1e6:.1f}M parameters, all trained")
     notes.append(
         "prompts are encoded once for all their completions"
         if shared
@@ -311,6 +361,8 @@ def load_policy(
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     total = sum(p.numel() for p in model.parameters())
     notes.append(f"training {sum(p.numel() for _, p in trained) / 1e6:.1f}M of {total / 1e6:.1f}M parameters")
+    if value is not None:
+        trained += [(f"{value.prefix}.{n}", p) for n, p in value.named_parameters()]
     return LoadedPolicy(
         model=model,
         tokenizer=tokenizer,
@@ -322,7 +374,69 @@ def load_policy(
         device=torch_device,
         dtype=torch_dtype,
         notes=notes,
+        value=value,
     )
+
+
+def _value_head(model: Any) -> ValueHead:
+    """A head for the policy's hidden states, in float32 (float64 where the policy is)."""
+    vocabulary = causal_lm(model).get_output_embeddings().weight
+    dtype = torch.promote_types(vocabulary.dtype, torch.float32)
+    return ValueHead(vocabulary.shape[1], dtype=dtype, device=vocabulary.device)
+
+
+def load_value_network(
+    name: str | Any,
+    *,
+    policy: Any,
+    tokenizer: Any,
+    attn_implementation: str = "sdpa",
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+) -> ValueNetwork:
+    """A value network that starts from the reward model `name`, on the device and in the precision of `policy`.
+
+    `name` is a hub id, a local folder or a sequence classifier in memory. It reads the ids that the policy wrote, so
+    its vocabulary must be that of `policy` and `tokenizer`. Raises PairtuneError where it is not, or where the model
+    cannot be loaded or is no reward model that scores every prefix.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    weight = next(policy.parameters())
+    if isinstance(name, str):
+        with _loading(name, "model", key="value_model"):
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                resolve_model(name),
+                dtype=weight.dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        with _loading(name, "tokenizer", key="value_model"):
+            own = AutoTokenizer.from_pretrained(resolve_model(name), trust_remote_code=trust_remote_code)
+        shown, missing = name, sorted(found["missing_keys"])
+    else:
+        model, own, shown, missing = name, tokenizer, type(name).__name__, []
+    network = ValueNetwork(disable_dropout(model).to(weight.device, weight.dtype).eval(), name=shown)
+
+    mend = "give a reward model with the policy's tokenizer, or leave value_model empty for a head on the policy."
+    if missing:
+        raise PairtuneError(
+            f"value_model: {shown!r} has no weights for {', '.join(missing)}, so it is no trained reward model; {mend}"
+        )
+    num_ids, num_policy_ids = (m.get_input_embeddings().weight.shape[0] for m in (model, policy))
+    if num_ids != num_policy_ids:
+        raise PairtuneError(
+            f"value_model: {shown!r} has a vocabulary of {num_ids} tokens and the policy of {num_policy_ids}; {mend}"
+        )
+    if not tokenizer.get_vocab().items() <= own.get_vocab().items():
+        raise PairtuneError(
+            f"value_model: the tokenizer of {shown!r} means other tokens by the ids that the policy writes; {mend}"
+        )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # where checkpointing happens; without dropout nothing else changes
+    return network
 
 
 def refuse_other_heads(model: Any) -> None:
@@ -386,12 +500,7 @@ def _top_layers(model: Any, shared: bool, trainable_layers: int) -> tuple[Scorer
     if not can_split(model, trainable_layers):
         return Scorer(model, shared=shared), Scorer(frozen_copy(model), shared=shared)
     scorer = Scorer(model, shared=shared, num_top_layers=trainable_layers)
-    frozen = _shallow_copy(
-        scorer.top,
-        layers=copy.deepcopy(scorer.top.layers).requires_grad_(False),
-        norm=copy.deepcopy(scorer.top.norm).requires_grad_(False),
-    )
-    return scorer, scorer.with_top(frozen)
+    return scorer, scorer.with_top(frozen_top(scorer.top))
 
 
 def _with_adapter(

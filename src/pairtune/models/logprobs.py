@@ -6,8 +6,8 @@ where an architecture does not allow that, a row holds one prompt and one comple
 of the middle of a row, and the width is that of the whole batch, so that however the batch is cut into micro-batches
 the same arithmetic is done.
 
-A `Scorer` turns a layout into log-probabilities. The vocabulary is met in chunks of tokens: no tensor of all tokens by
-the whole vocabulary is ever kept, in the forward pass or in the backward pass.
+A `Scorer` turns a layout into log-probabilities, and into values in the same pass. The vocabulary is met in chunks of
+tokens: no tensor of all tokens by the whole vocabulary is ever kept, in the forward pass or in the backward pass.
 """
 
 from __future__ import annotations
@@ -94,6 +94,15 @@ class Layout:
         rows = torch.arange(num_prompts * (1 if self.shared else num_generations), device=self.mask.device)
         rows = rows[:, None].expand(-1, num_generations) if self.shared else rows.view(num_prompts, num_generations)
         return rows[:, :, None].expand_as(self.mask)[self.mask]
+
+    def predicting(self, states: Tensor) -> Tensor:
+        """(n, H) of the hidden states (R, W, H): those that predict the n real completion tokens."""
+        return states[self.hidden_rows(), self.source[self.mask]]
+
+    def spread(self, tokens: Tensor) -> Tensor:
+        """(P, K, T) of what was computed for the n real completion tokens, (n,) in their order; 0 where masked."""
+        empty = torch.zeros(self.mask.shape, dtype=tokens.dtype, device=tokens.device)
+        return empty.masked_scatter(self.mask, tokens)
 
 
 def make_layout(completions: Completions, *, shared: bool) -> Layout:
@@ -275,6 +284,20 @@ def chunked_logprobs(
 # --------------------------------------------------------------------------------------------------------------- scorer
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What one forward pass says of completions, every field (P, K, T) float32 (float64 where the model is), 0 where
+    masked."""
+
+    logprobs: Tensor
+    """Of the sampled tokens, nats; differentiable where the model is trained."""
+    entropies: Tensor
+    """Of the law of each token, nats; not differentiable, and zeros unless asked for."""
+    values: Tensor | None
+    """Before each token, in the unit of the reward; differentiable by value function and model. None without a value
+    function."""
+
+
 class Scorer:
     """Scores completions under a causal language model: the one place where policy, old policy and reference are
     evaluated.
@@ -314,7 +337,7 @@ class Scorer:
         """(R, W, H) what the frozen trunk makes of every token, or None where the whole model is trained."""
         if self.trunk is None:
             return None
-        return _run(self.trunk, layout, {"input_ids": layout.input_ids})
+        return run_decoder(self.trunk, layout, {"input_ids": layout.input_ids})
 
     def hidden(self, layout: Layout, features: Tensor | None = None) -> Tensor:
         """(n, H) the final hidden states that predict the layout's n real completion tokens."""
@@ -322,8 +345,8 @@ class Scorer:
             features = self.features(layout)
         inputs = {"input_ids": layout.input_ids} if features is None else {"inputs_embeds": features}
         with self.context():
-            states = _run(self.top, layout, inputs)
-        return states[layout.hidden_rows(), layout.source[layout.mask]]
+            states = run_decoder(self.top, layout, inputs)
+        return layout.predicting(states)
 
     def head_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The vocabulary head's weight and bias in the precision of the hidden states (a reference may store them in
@@ -334,10 +357,23 @@ class Scorer:
     def logprobs(
         self, layout: Layout, features: Tensor | None = None, *, temperature: float = 1.0, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (zeros unless asked for) of all completion tokens.
+        """Log-probabilities and entropies (zeros unless asked for) of all completion tokens, as in `Scores`."""
+        scores = self.score(layout, features, temperature=temperature, with_entropy=with_entropy)
+        return scores.logprobs, scores.entropies
 
-        Both (P, K, T) float32, nats, 0 where masked; the log-probabilities are differentiable where the model is
-        trained.
+    def score(
+        self,
+        layout: Layout,
+        features: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        value_head: Callable[[Tensor], Tensor] | None = None,
+    ) -> Scores:
+        """Log-probabilities, entropies and values of all completion tokens out of one forward pass.
+
+        `value_head` maps final hidden states (n, H) to values (n,). The hidden state that predicts a token gives the
+        value before it; no temperature touches it.
         """
         hidden = self.hidden(layout, features)
         weight, bias = self.head_weights(hidden.dtype)
@@ -352,11 +388,15 @@ class Scorer:
             # master.
             weight_grad=weight.grad if weight.is_leaf and weight.dtype == torch.float32 else None,
         )
-        empty = torch.zeros(layout.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
-        return empty.masked_scatter(layout.mask, logprobs), empty.masked_scatter(layout.mask, entropies)
+        return Scores(
+            layout.spread(logprobs),
+            layout.spread(entropies),
+            None if value_head is None else layout.spread(value_head(hidden)),
+        )
 
 
-def _run(module: Any, layout: Layout, inputs: dict[str, Tensor]) -> Tensor:
+def run_decoder(module: Any, layout: Layout, inputs: dict[str, Tensor]) -> Tensor:
+    """(R, W, H) what a decoder (or a part of one) makes of a layout; `inputs` are `input_ids` or `inputs_embeds`."""
     mask = layout.attention_mask()
     if layout.shared and module.config._attn_implementation == "eager":
         # Eager attention adds its mask to the scores; the others take a boolean one.
@@ -405,8 +445,7 @@ def divergence(
         parts = (law.gather(1, picked)[:, 0], ref.gather(1, picked)[:, 0], rao_blackwellised_kl(law, ref), entropy(law))
         for column, part in zip(columns, parts, strict=True):
             column.append(part)
-    empty = torch.zeros(layout.mask.shape, device=hidden.device)
-    return Divergence(*(empty.masked_scatter(layout.mask, torch.cat(column).float()) for column in columns))
+    return Divergence(*(layout.spread(torch.cat(column).float()) for column in columns))
 
 
 # ------------------------------------------------------------------------------------------ what an architecture allows
@@ -431,6 +470,16 @@ def split_body(decoder: Any, num_top_layers: int) -> tuple[Any, Any]:
     return trunk, top
 
 
+def frozen_top(top: Any) -> Any:
+    """The top of a split decoder with layers and norm of its own that nobody trains, for the reference; the rest is
+    shared."""
+    return _shallow_copy(
+        top,
+        layers=copy.deepcopy(top.layers).requires_grad_(False),
+        norm=copy.deepcopy(top.norm).requires_grad_(False),
+    )
+
+
 def _shallow_copy(module: Any, **replaced: nn.Module) -> Any:
     twin = copy.copy(module)
     twin._modules = {**module._modules, **replaced}
@@ -445,7 +494,7 @@ def can_split(model: Any, num_top_layers: int) -> bool:
     if not hasattr(decoder, "layers") or not hasattr(decoder, "norm") or num_top_layers >= len(decoder.layers):
         return False
     trunk, top = split_body(decoder, num_top_layers)
-    ids = _probe_ids(decoder, (2, 6))
+    ids = probe_ids(decoder, (2, 6))
     between = trunk(input_ids=ids, use_cache=False).last_hidden_state
     whole = decoder(input_ids=ids, use_cache=False).last_hidden_state
     return torch.equal(top(inputs_embeds=between, use_cache=False).last_hidden_state, whole)
@@ -465,7 +514,7 @@ def can_share_prefix(model: Any) -> bool:
     if any(kind != "full_attention" for kind in kinds) or (windowed and not kinds):
         return False
     decoder = body(model)
-    ids = _probe_ids(decoder, (2, 12))
+    ids = probe_ids(decoder, (2, 12))
     prompt, completions = ids[:, :4], ids[:, 4:].view(2, 2, 4)
     real = torch.ones_like(prompt, dtype=torch.bool)
     real[0, 0] = False
@@ -482,12 +531,12 @@ def can_share_prefix(model: Any) -> bool:
         )
         layout = make_layout(sampled, shared=shared)
         try:
-            hidden = _run(decoder, layout, {"input_ids": layout.input_ids})
+            hidden = run_decoder(decoder, layout, {"input_ids": layout.input_ids})
         except (TypeError, ValueError, RuntimeError, IndexError):
             if shared:  # the architecture takes no mask of four dimensions
                 return None
             raise
-        return hidden[layout.hidden_rows(), layout.source[layout.mask]].view(2, 2, 4, -1).float()
+        return layout.predicting(hidden).view(2, 2, 4, -1).float()
 
     shared_states, plain_states = states(completions, True), states(completions, False)
     if shared_states is None:
@@ -502,7 +551,8 @@ def can_share_prefix(model: Any) -> bool:
     return blind and bool(close)
 
 
-def _probe_ids(decoder: Any, shape: tuple[int, ...]) -> Tensor:
+def probe_ids(decoder: Any, shape: tuple[int, ...]) -> Tensor:
+    """Token ids to find a model's behaviour out with: always the same."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, decoder.config.vocab_size, shape, generator=generator)
     return ids.to(next(decoder.parameters()).device)
@@ -512,7 +562,7 @@ def check_head(model: Any) -> bool:
     """Whether the logits are the output embedding applied to the final hidden states and nothing else (no soft cap, no
     scale)."""
     with torch.no_grad():
-        ids = _probe_ids(body(model), (1, 5))
+        ids = probe_ids(body(model), (1, 5))
         language_model = causal_lm(model)
         logits = language_model(input_ids=ids, use_cache=False).logits.float()
         own = language_model.get_output_embeddings()(

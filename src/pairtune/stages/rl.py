@@ -12,24 +12,37 @@ import statistics
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pairtune.algorithms import ALGORITHMS, Algorithm
-from pairtune.config import TrainConfig, config_to_yaml, warnings_for
-from pairtune.data import PromptDataset, load_prompts, shard
+from pairtune.algorithms import ALGORITHMS, Algorithm, MethodState
+from pairtune.completion_data import OfflineDataset, load_preferences, load_scored
+from pairtune.config import METHODS, TrainConfig, config_to_yaml, warnings_for
+from pairtune.data import PromptDataset, load_held_out, load_prompts, shard
 from pairtune.errors import PairtuneError
 from pairtune.evaluation import evaluate_policy, num_evaluated
-from pairtune.experience import Collected, Phase, collect, first_pass, minibatch_share
+from pairtune.experience import (
+    Collected,
+    Phase,
+    ReferenceCache,
+    as_tensors,
+    collect,
+    collect_offline,
+    first_pass,
+    from_tensors,
+    minibatch_share,
+)
 from pairtune.feedback.rewards import RewardSet, load_rewards
+from pairtune.maths.advantages import MovingAverage
 from pairtune.maths.masking import masked_mean, masked_sum
 from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
+from pairtune.models.logprobs import Scores
 from pairtune.models.sampler import HFSampler
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
@@ -82,13 +95,7 @@ def train(
             tokenizer = load_tokenizer(
                 config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
             )
-        train_prompts, eval_prompts = load_prompts(
-            config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset
-        )
-        train_prompts.step_rows(config.seed, 0, config.batch_size)  # refuses a dataset smaller than a batch
-        rewards = load_rewards(config, tokenizer, train_prompts, reward_funcs)
-        if eval_prompts is not None:
-            rewards.check(eval_prompts)
+        train_data, eval_prompts, rewards = _load_data(config, tokenizer, reward_funcs, train_dataset, eval_dataset)
 
         done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
         display = stack.enter_context(
@@ -96,11 +103,8 @@ def train(
         )
         for sentence in warnings_for(config):
             display.message(f"note: {sentence}")
-        if train_prompts.num_left_out:
-            display.message(
-                f"{train_prompts.num_left_out} prompts are longer than max_prompt_length {config.max_prompt_length} "
-                "and were left out"
-            )
+        for note in train_data.notes:
+            display.message(note)
         with display.phase("loading the model"):
             policy = load_policy(
                 model if model is not None else config.model,
@@ -113,6 +117,8 @@ def train(
                 lora_alpha=config.lora_alpha,
                 lora_target_modules=config.lora_target_modules,
                 gradient_checkpointing=config.gradient_checkpointing,
+                with_values=METHODS[config.algorithm].has_values,
+                value_model=config.value_model,
                 revision=config.model_revision,
                 trust_remote_code=config.trust_remote_code,
             )
@@ -122,7 +128,36 @@ def train(
         if distributed.is_main():
             stack.enter_context(folder.create(*run_folder, overwrite=config.overwrite, resume=config.resume))
         distributed.barrier()
-        return _loop(config, policy, rewards, train_prompts, eval_prompts, run_dir, display, stack)
+        return _loop(config, policy, rewards, train_data, eval_prompts, run_dir, display, stack)
+
+
+def _load_data(
+    config: TrainConfig,
+    tokenizer: Any,
+    reward_funcs: Sequence[Callable[..., Any] | str] | None,
+    train_dataset: Any,
+    eval_dataset: Any,
+) -> tuple[PromptDataset | OfflineDataset, PromptDataset | None, RewardSet | None]:
+    """What to learn from, the held-out prompts, and the rewards; checked against each other."""
+    train_data: PromptDataset | OfflineDataset
+    if config.offline:
+        load = load_scored if config.algorithm == "copg" else load_preferences
+        train_data = load(config, tokenizer, train_dataset)
+        eval_prompts = load_held_out(config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    else:
+        train_data, eval_prompts = load_prompts(
+            config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
+    train_data.step_rows(config.seed, 0, config.batch_size)  # refuses a dataset smaller than a batch
+    if isinstance(train_data, PromptDataset):
+        rewards = load_rewards(config, tokenizer, train_data, reward_funcs)
+        if eval_prompts is not None:
+            rewards.check(eval_prompts)
+        return train_data, eval_prompts, rewards
+    # The dataset says what is good; reward functions only judge the held-out completions.
+    if eval_prompts is None or not (reward_funcs or config.reward_funcs):
+        return train_data, None, None
+    return train_data, eval_prompts, load_rewards(config, tokenizer, eval_prompts, reward_funcs)
 
 
 def _compute_dtype(config: TrainConfig, run_dir: Path) -> str:
@@ -148,8 +183,8 @@ def _check_shares(config: TrainConfig) -> None:
 def _loop(
     config: TrainConfig,
     policy: LoadedPolicy,
-    rewards: RewardSet,
-    train_prompts: PromptDataset,
+    rewards: RewardSet | None,
+    train_data: PromptDataset | OfflineDataset,
     eval_prompts: PromptDataset | None,
     run_dir: Path,
     display: Display,
@@ -161,7 +196,8 @@ def _loop(
         policy.model, policy.tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id
     )
     optimizer = _optimizer(config, policy)
-    progress = _restore(config, run_dir, policy, optimizer, rewards)
+    progress, replay = _restore(config, run_dir, policy, optimizer, rewards)
+    references = ReferenceCache(train_data, policy, config) if isinstance(train_data, OfflineDataset) else None
     timer = Timer(policy.device)
     is_main = distributed.is_main()
     log = None
@@ -186,7 +222,7 @@ def _loop(
             yield advance
 
     def evaluate() -> None:
-        if log is not None and eval_prompts is not None:
+        if log is not None and eval_prompts is not None and rewards is not None:
             with phase("evaluate", "evaluating on held-out prompts", num_evaluated(eval_prompts, config)) as advance:
                 evaluation, samples = evaluate_policy(
                     policy, sampler, rewards, eval_prompts, config, step=progress.step, advance=advance
@@ -199,9 +235,10 @@ def _loop(
 
     def save() -> None:
         progress.seconds = time.perf_counter() - started
+        replays = distributed.gather_objects([as_tensors(batch.experience) for batch in replay])
         if is_main:
             with phase("save", "saving a checkpoint"):
-                _save(config, run_dir, policy, optimizer, rewards, progress)
+                _save(config, run_dir, policy, optimizer, rewards, progress, replays)
         distributed.barrier()
 
     def should_stop() -> bool:
@@ -221,33 +258,51 @@ def _loop(
         progress.updates_in_step = 0
 
         # Collect: prompts -> completions -> rewards -> reference log-probabilities.
-        rows = train_prompts.step_rows(config.seed, progress.step, config.batch_size)
+        rows = train_data.step_rows(config.seed, progress.step, config.batch_size)
         rows = shard(rows, distributed.rank(), distributed.world_size())
-        collected = collect(
-            train_prompts.batch(rows, device=policy.device),
-            policy=policy,
-            sampler=sampler,
-            rewards=rewards,
-            config=config,
-            step=progress.step,
-            policy_version=progress.num_updates,
-            phase=phase,
-        )
+        if isinstance(train_data, OfflineDataset):
+            assert references is not None
+            collected = collect_offline(
+                train_data.batch(rows, device=policy.device),
+                policy=policy,
+                references=references,
+                config=config,
+                step=progress.step,
+                phase=phase,
+            )
+        else:
+            assert rewards is not None
+            collected = collect(
+                train_data.batch(rows, device=policy.device),
+                policy=policy,
+                sampler=sampler,
+                rewards=rewards,
+                config=config,
+                step=progress.step,
+                policy_version=progress.num_updates,
+                phase=phase,
+            )
 
-        # Update: several passes over the batch.
+        # Update: several passes over the batch, then over earlier ones.
         experience, update_metrics = _update(config, algorithm, policy, optimizer, collected, progress, phase)
+        update_metrics |= _update_again(config, algorithm, policy, optimizer, replay, progress, phase)
+        replay.append(replace(collected, experience=experience))
+        if config.adapts_beta:
+            update_metrics["beta"] = progress.method.beta
+        if algorithm.next_state is not None:
+            progress.method = algorithm.next_state(experience, config, progress.method)
 
         # Log, evaluate, save, in this order: a checkpoint vouches for every line before it.
         progress.step += 1
         # What reward functions log comes first: it may not stand in for a metric of ours.
-        metrics = {**collected.metrics, **_step_metrics(collected, experience, progress), **update_metrics}
+        metrics = {**collected.metrics, **_step_metrics(config, experience, progress), **update_metrics}
         metrics = _averaged(metrics)
         last_step_time = time.perf_counter() - step_start
-        tokens = metrics["completions/mean_length"] * config.batch_size * config.num_generations
+        tokens = metrics["completions/mean_length"] * config.batch_size * experience.rewards.shape[1]
         metrics.update(timer.take(), step_time=last_step_time, tokens_per_second=tokens / last_step_time)
         if log is not None:
             log.log_step(progress.step, metrics)
-            log.log_samples(_training_samples(config, train_prompts, rows, collected, progress.step))
+            log.log_samples(_training_samples(config, train_data, rows, collected, progress.step))
         display.step(progress.step, metrics)
         if progress.step < config.max_steps:
             if config.eval_steps and progress.step % config.eval_steps == 0:
@@ -295,17 +350,20 @@ def _update(
     phase: Phase,
 ) -> tuple[Experience, dict[str, float]]:
     """`num_iterations` passes over a batch, each in minibatches of one optimizer update, each in micro-batches."""
-    num_prompts = len(collected.experience.rewards)
+    experience = collected.experience
+    num_prompts = len(experience.rewards)
     minibatch_size = minibatch_share(config)
-    one_update_a_pass = minibatch_size >= num_prompts
-
-    # Old log-probabilities. Where a pass is one update, the first pass itself yields them: a forward pass saved.
-    if one_update_a_pass:
-        old_logprobs = torch.zeros_like(collected.experience.ref_logprobs)
-    else:
+    is_fresh = experience.old_logprobs is None
+    # Where a pass is one update, the first pass itself yields the old log-probabilities: a forward pass saved.
+    yields_old = is_fresh and minibatch_size >= num_prompts and not algorithm.prepares_from_old
+    old_logprobs = torch.zeros_like(experience.ref_logprobs)
+    if yields_old:
+        experience = replace(experience, old_logprobs=old_logprobs)
+    elif is_fresh:
         with phase("old_logprobs", "old log-probabilities"):
-            old_logprobs = _old_logprobs(config, policy, collected)
-    experience = replace(collected.experience, old_logprobs=old_logprobs)
+            experience = _with_old(config, policy, collected)
+    if is_fresh and algorithm.prepare is not None:
+        experience = replace(experience, targets=algorithm.prepare(experience, config, progress.method))
 
     metrics: dict[str, float] = {}
     passes = []
@@ -320,16 +378,17 @@ def _update(
                 counted = algorithm.counted(experience)[minibatch].sum()
                 denominator = max(1, int(distributed.sum_across(counted)))
                 for prompts in minibatch.split(config.micro_batch_size or minibatch_size):
-                    logprobs, entropies = _logprobs(config, policy, collected, prompts, with_entropy=iteration == 0)
-                    if iteration == 0 and one_update_a_pass:
-                        old_logprobs[prompts] = logprobs.detach()
+                    scores = _scores(config, policy, collected, prompts, with_entropy=iteration == 0)
+                    if iteration == 0 and yields_old:
+                        old_logprobs[prompts] = scores.logprobs.detach()
                     micro = experience.select(prompts)
                     if iteration == 0:
-                        _check_exact(logprobs.detach(), micro, progress, first_update=progress.updates_in_step == 0)
-                    output = algorithm.loss(logprobs, micro, config)
+                        first_update = progress.updates_in_step == 0
+                        _check_exact(scores.logprobs.detach(), micro, progress, first_update=first_update)
+                    output = algorithm.loss(scores.logprobs, micro, config, scores.values)
                     loss = masked_sum(output.losses, output.mask) / denominator
                     loss.backward()
-                    totals.add(output, loss, entropies, micro.completions.completion_mask)
+                    totals.add(output, loss, scores.entropies, micro.completions.completion_mask)
                 gradient_norms.append(_apply_gradients(config, policy, optimizer, progress))
         passes.append(totals)
     policy.model.eval()
@@ -339,30 +398,52 @@ def _update(
         for name, value in totals.means().items():
             metrics[f"{name}/pass_{number}"] = value
             metrics[name] = value  # without a pass: the last one
-    metrics["loss"] = sum(totals.loss for totals in everywhere) / config.updates_per_step
+    metrics["loss"] = sum(totals.loss for totals in everywhere) / config.updates_per_batch
     metrics["entropy"] = everywhere[0].entropy()
     metrics["grad_norm"] = statistics.fmean(gradient_norms)
     metrics["learning_rate"] = optimizer.param_groups[0]["lr"]
     return experience, metrics
 
 
-def _logprobs(
+def _update_again(
+    config: TrainConfig,
+    algorithm: Algorithm,
+    policy: LoadedPolicy,
+    optimizer: torch.optim.Optimizer,
+    replay: Sequence[Collected],
+    progress: Progress,
+    phase: Phase,
+) -> dict[str, float]:
+    """The same for earlier batches, newest first, against their own old log-probabilities: means under `replay/`."""
+    columns: dict[str, list[float]] = {}
+    for earlier in reversed(replay):
+        _, metrics = _update(config, algorithm, policy, optimizer, earlier, progress, phase)
+        for name in metrics.keys() - {"learning_rate"}:
+            columns.setdefault(f"replay/{name}", []).append(metrics[name])
+    return {name: statistics.fmean(columns[name]) for name in sorted(columns) if "/pass_" not in name}
+
+
+def _scores(
     config: TrainConfig, policy: LoadedPolicy, collected: Collected, prompts: Tensor, *, with_entropy: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies (p, K, T) of some prompts' completions under the policy as it is now."""
+) -> Scores:
+    """Log-probabilities, entropies and values (p, K, T) of some prompts' completions under the policy as it is now."""
     layout, features = collected.layout, collected.features
     part = None if features is None else layout.rows(prompts, features)
-    return policy.scorer.logprobs(
-        layout.select(prompts), part, temperature=config.temperature, with_entropy=with_entropy
-    )
+    return policy.score(layout.select(prompts), part, temperature=config.temperature, with_entropy=with_entropy)
 
 
 @torch.no_grad()
-def _old_logprobs(config: TrainConfig, policy: LoadedPolicy, collected: Collected) -> Tensor:
-    """(P, K, T) before the first update, cut as the first pass will cut them: the same arithmetic, so a first ratio of
-    1."""
+def _with_old(config: TrainConfig, policy: LoadedPolicy, collected: Collected) -> Experience:
+    """The experience with log-probabilities and values from before the first update, cut as the first pass will cut
+    them: the same arithmetic, so a first ratio of 1."""
     cuts = first_pass(config, len(collected.experience.rewards), policy.device)
-    return torch.cat([_logprobs(config, policy, collected, prompts)[0] for prompts in cuts])
+    parts = [_scores(config, policy, collected, prompts) for prompts in cuts]
+    values = [part.values for part in parts if part.values is not None]
+    return replace(
+        collected.experience,
+        old_logprobs=torch.cat([part.logprobs for part in parts]),
+        old_values=torch.cat(values) if values else None,
+    )
 
 
 def _minibatches(
@@ -459,35 +540,47 @@ class Totals:
 # -------------------------------------------------------------------------------------------------------------- metrics
 
 
-def _step_metrics(collected: Collected, experience: Experience, progress: Progress) -> dict[str, float]:
-    """What a step reports of its batch, over all processes. `kl` is the plain estimate of the sequence KL of the
-    sampling policy to the reference."""
+def _step_metrics(config: TrainConfig, experience: Experience, progress: Progress) -> dict[str, float]:
+    """What a step reports of its batch, over all processes."""
+    completions = experience.completions
+    rewards, counts = _of_all_processes(experience.rewards), _of_all_processes(experience.reward_mask)
+    real = _of_all_processes(completions.num_tokens > 0)
+    lengths = _of_all_processes(completions.num_tokens.float())
+    truncated = _of_all_processes(completions.truncated)
+    group_mean = masked_mean(rewards, counts, -1)
+    group_std = masked_mean((rewards - group_mean[:, None]) ** 2, counts, -1).sqrt()
+    progress.num_tokens += int(lengths.sum() + _of_all_processes(completions.prompt_mask.sum(1)).sum())
+    metrics = {
+        "reward": masked_mean(rewards, counts).item(),
+        "reward_std": group_std.mean().item(),
+        "frac_reward_zero_std": (group_std == 0).float().mean().item(),
+    }
+    if not config.offline:
+        metrics |= _sampling_metrics(experience)
+    return metrics | {
+        "completions/mean_length": masked_mean(lengths, real).item(),
+        "completions/min_length": lengths[real].min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/mean_terminated_length": masked_mean(lengths, ~truncated & real).item(),
+        "completions/clipped_ratio": masked_mean(truncated.float(), real).item(),
+        "num_tokens": float(progress.num_tokens),
+    }
+
+
+def _sampling_metrics(experience: Experience) -> dict[str, float]:
+    """Of completions that the policy itself sampled. `kl` is the plain estimate of its sequence KL to the reference."""
     completions = experience.completions
     mask, old = completions.completion_mask, experience.old_logprobs
     assert old is not None
     gap = (completions.sampler_logprobs - old).abs() * mask
-    rewards, counts = _of_all_processes(experience.rewards), _of_all_processes(experience.reward_mask)
     kl = _of_all_processes(masked_sum(old - experience.ref_logprobs, mask, -1))
     lengths = _of_all_processes(completions.num_tokens.float())
-    truncated = _of_all_processes(completions.truncated)
     gap_sums, gap_peaks = _of_all_processes(gap.sum(-1)), _of_all_processes(gap.amax(-1))
-    group_mean = masked_mean(rewards, counts, -1)
-    group_std = masked_mean((rewards - group_mean[:, None]) ** 2, counts, -1).sqrt()
-    progress.num_tokens += int(lengths.sum() + _of_all_processes(completions.prompt_mask.sum(1)).sum())
     return {
-        "reward": masked_mean(rewards, counts).item(),
-        "reward_std": group_std.mean().item(),
-        "frac_reward_zero_std": (group_std == 0).float().mean().item(),
         "kl": kl.mean().item(),
         "kl_per_token": (kl.sum() / lengths.sum()).item(),
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
-        "completions/mean_terminated_length": masked_mean(lengths, ~truncated).item(),
-        "completions/clipped_ratio": truncated.float().mean().item(),
         "sampling/logprob_difference/mean": (gap_sums.sum() / lengths.sum()).item(),
         "sampling/logprob_difference/max": gap_peaks.max().item(),
-        "num_tokens": float(progress.num_tokens),
     }
 
 
@@ -498,10 +591,10 @@ def _of_all_processes(rows: Tensor) -> Tensor:
 
 
 def _training_samples(
-    config: TrainConfig, dataset: PromptDataset, rows: list[int], collected: Collected, step: int
+    config: TrainConfig, dataset: PromptDataset | OfflineDataset, rows: list[int], collected: Collected, step: int
 ) -> list[dict[str, Any]]:
     """The first few completions of the batch, for samples.jsonl."""
-    num_generations = config.num_generations
+    num_generations = collected.experience.rewards.shape[1]
     rewards, counts = collected.experience.rewards, collected.experience.reward_mask
     truncated = collected.experience.completions.truncated
     samples = []
@@ -538,6 +631,7 @@ class Progress:
     updates_in_step: int = 0
     evaluated_step: int = -1
     """The last step whose policy was evaluated on the held-out prompts."""
+    method: MethodState = field(default_factory=lambda: MethodState(beta=0.0))
 
 
 def _optimizer(config: TrainConfig, policy: LoadedPolicy) -> torch.optim.AdamW:
@@ -562,8 +656,7 @@ def _lr_factor(config: TrainConfig, update: int) -> float:
         return (update + 1) / (config.warmup_steps + 1)
     if config.lr_scheduler_type in ("constant", "constant_with_warmup"):
         return 1.0
-    updates_a_step = config.num_iterations * (config.batch_size // (config.minibatch_size or config.batch_size))
-    done = (update - config.warmup_steps) / max(1, config.max_steps * updates_a_step - config.warmup_steps)
+    done = (update - config.warmup_steps) / max(1, config.max_steps * config.updates_per_step - config.warmup_steps)
     if config.lr_scheduler_type == "linear":
         return max(0.0, 1.0 - done)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
@@ -577,8 +670,9 @@ def _save(
     run_dir: Path,
     policy: LoadedPolicy,
     optimizer: torch.optim.Optimizer,
-    rewards: RewardSet,
+    rewards: RewardSet | None,
     progress: Progress,
+    replays: list[list[dict[str, Tensor]]],
 ) -> None:
     """A checkpoint that `from_pretrained` loads, with what resuming needs beside it."""
     tensors = {}
@@ -588,33 +682,51 @@ def _save(
             if moment in optimizer.state.get(master, {}):
                 tensors[f"{moment}.{name}"] = optimizer.state[master][moment]
 
+    for process, batches in enumerate(replays):
+        for number, batch in enumerate(batches):
+            tensors |= {f"replay.{process}.{number}.{name}": value for name, value in batch.items()}
+
     def save_model(path: Path) -> None:
         policy.model.save_pretrained(path)
         policy.tokenizer.save_pretrained(path)
 
-    state = {"progress": asdict(progress), "rewards": rewards.state_dict()}
+    state = {"progress": asdict(progress), "rewards": {} if rewards is None else rewards.state_dict()}
     checkpoint.save(
         run_dir, progress.step, save_model=save_model, tensors=tensors, state=state, keep_last=config.keep_last
     )
 
 
 def _restore(
-    config: TrainConfig, run_dir: Path, policy: LoadedPolicy, optimizer: torch.optim.Optimizer, rewards: RewardSet
-) -> Progress:
-    """Where the run stands: at its newest checkpoint when resuming, else at the start."""
+    config: TrainConfig,
+    run_dir: Path,
+    policy: LoadedPolicy,
+    optimizer: torch.optim.Optimizer,
+    rewards: RewardSet | None,
+) -> tuple[Progress, deque[Collected]]:
+    """Where the run stands, and the batches that it learns from again: at its newest checkpoint when resuming, else at
+    the start."""
+    replay: deque[Collected] = deque(maxlen=config.replay)
     path = checkpoint.latest(run_dir) if config.resume else None
     if path is None:
-        return Progress()
+        return Progress(method=MethodState(beta=config.beta)), replay
     tensors, state = checkpoint.load(path)
     policy.masters.load({name: tensors[f"master.{name}"] for name in policy.masters.names})
-    progress = Progress(**state["progress"])
+    method = state["progress"].pop("method")
+    method = MethodState(beta=method["beta"], average=MovingAverage(**method["average"]))
+    progress = Progress(**state["progress"], method=method)
     for name, master in zip(policy.masters.names, policy.masters.masters, strict=True):
         if f"{MOMENTS[0]}.{name}" in tensors:
             moments = {moment: tensors[f"{moment}.{name}"].to(master.device) for moment in MOMENTS}
             count = torch.tensor(float(progress.num_updates), device=master.device)
             optimizer.state[master] = {"step": count, **moments}
-    rewards.load_state_dict(state["rewards"])
-    return progress
+    if rewards is not None:
+        rewards.load_state_dict(state["rewards"])
+    for number in range(config.replay):
+        prefix = f"replay.{distributed.rank()}.{number}."
+        batch = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        if batch:
+            replay.append(from_tensors(batch, policy, config))
+    return progress, replay
 
 
 class StopRequest:

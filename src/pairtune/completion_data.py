@@ -1,0 +1,458 @@
+"""Datasets that already hold completions: preferences and scored completions, as token ids in padded groups.
+
+What is tokenised here once is what sampling would have produced: the prompt's ids are those of `RawPrompts.encode`, a
+completion's ids follow them and end with EOS, or without it where the length cap cuts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pairtune.data import (
+    Chat,
+    PromptDataset,
+    PromptFormat,
+    RawPrompts,
+    Row,
+    as_turns,
+    check_turns,
+    checked_prompt,
+    columns_of,
+    dataset_name,
+    dialogue_prompt,
+    load_dataset_rows,
+    missing_column,
+    prompts_are_implicit,
+    shared_prompt,
+    shortened,
+)
+from pairtune.errors import PairtuneError
+from pairtune.types import Completions, Prompt, Prompts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pairtune.config import TrainConfig
+
+IDENTICAL = "chosen and rejected are identical"
+DIFFERENT_EARLIER = "chosen and rejected differ before the assistant's last turn"
+EMPTY = "a completion is empty"
+NOT_ONE_TURN = "a completion is not one turn of the assistant"
+TOO_FEW = "fewer than two scored completions"
+"""Why something of a dataset is left out."""
+
+MARK = "pairtune-answer"
+"""Stands for an answer where a chat template is asked what it writes around one."""
+LARGEST = torch.finfo(torch.float32).max
+
+
+# From text to token ids.
+
+
+@dataclass(frozen=True)
+class EncodedCompletion:
+    """The token ids of one completion, as sampling would have produced them."""
+
+    ids: list[int]
+    """At most `max_completion_length`, EOS included."""
+    truncated: bool
+    """True where the length cap ended it, not EOS."""
+
+
+def encode_completions(
+    raw: RawPrompts,
+    completions: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    chat: Chat = "auto",
+    system_prompt: str | None = None,
+    max_completion_length: int = 256,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[list[EncodedCompletion]]:
+    """Tokenise completions behind their prompts: the texts `completions[p]` continue `raw.prompts[p]`.
+
+    Text is taken as it stands: for a plain prompt it goes right behind the prompt, in a conversation it is the content
+    of the assistant's turn. The ids are those that follow the prompt's when both are tokenised together; where a token
+    would reach across the border, which no sampler can produce, the completion is tokenised alone.
+
+    A completion ends with the first token that would have ended it when sampled: EOS, or what the chat template closes
+    the assistant's turn with. Where neither stands there, EOS is put behind. One of more than `max_completion_length`
+    tokens is cut to its beginning, without EOS.
+
+    Raises PairtuneError if the tokenizer has no EOS token, if the template leaves out what the assistant says, and for
+    whatever `RawPrompts.encode` refuses.
+    """
+    eos_token_id = tokenizer.eos_token_id
+    if not isinstance(eos_token_id, int):
+        raise PairtuneError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so no completion could end: "
+            "set its eos_token and save it."
+        )
+    prompt_format = raw.format(
+        tokenizer, chat=chat, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs
+    )
+    _, closing = _around_answer(prompt_format, raw.prompts[0], raw.place(0))
+    closing_id = _special_token(tokenizer, closing)
+
+    openings: list[str] = []
+    texts: list[str] = []
+    for row, (prompt, group) in enumerate(zip(raw.prompts, completions, strict=True)):
+        opening = prompt_format.text(prompt, raw.place(row))
+        openings += [opening] * len(group)
+        texts += [_continuation(prompt_format, prompt, text, opening, raw.place(row)) for text in group]
+    if closing_id is None:  # a turn is closed with plain text, such as a newline, or not at all
+        texts = [text.removesuffix(closing) for text in texts]
+    end_ids = {eos_token_id, closing_id}
+    encoded = iter(
+        _ended(ids, end_ids, eos_token_id, max_completion_length) for ids in _ids_behind(prompt_format, openings, texts)
+    )
+    return [[next(encoded) for _ in group] for group in completions]
+
+
+def _around_answer(prompt_format: PromptFormat, prompt: Prompt, place: str) -> tuple[str, str]:
+    """What is written before an answer to `prompt`, the prompt included, and what behind it."""
+    before, mark, behind = prompt_format.text(prompt, place, MARK).rpartition(MARK)
+    if not mark:
+        raise PairtuneError(
+            f"{place}: the chat template of {prompt_format.tokenizer.name_or_path!r} leaves out what the assistant "
+            "says, so nothing can be learned from completions; give the tokenizer another template."
+        )
+    return before, behind
+
+
+def _special_token(tokenizer: PreTrainedTokenizerBase, closing: str) -> int | None:
+    """The first special token in what a template writes behind an answer; it need not be the tokenizer's EOS."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer(closing, add_special_tokens=False)["input_ids"]
+    return next((token_id for token_id in ids if token_id in special - {tokenizer.unk_token_id}), None)
+
+
+def _continuation(prompt_format: PromptFormat, prompt: Prompt, completion: str, opening: str, place: str) -> str:
+    """The text that stands behind the opened prompt once the assistant has spoken."""
+    text = prompt_format.text(prompt, place, completion)
+    if text.startswith(opening):
+        return text[len(opening) :]
+    # Some templates open a turn otherwise than they write a finished one, for instance with the start of a thought.
+    before, _ = _around_answer(prompt_format, prompt, place)
+    return text[len(before) :]
+
+
+def _ids_behind(prompt_format: PromptFormat, openings: list[str], texts: list[str]) -> list[list[int]]:
+    """The ids of texts, each behind its opening."""
+    distinct = list(dict.fromkeys(openings))
+    opening_ids = dict(zip(distinct, prompt_format.token_ids(distinct), strict=True))
+    joint = prompt_format.token_ids([opening + text for opening, text in zip(openings, texts, strict=True)])
+    behind = []
+    for opening, text, ids in zip(openings, texts, joint, strict=True):
+        before = opening_ids[opening]
+        if ids[: len(before)] == before:
+            behind.append(ids[len(before) :])
+        else:
+            behind.append(list(prompt_format.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+    return behind
+
+
+def _ended(ids: list[int], end_ids: set[int | None], eos_token_id: int, max_length: int) -> EncodedCompletion:
+    end = next((place for place, token_id in enumerate(ids) if token_id in end_ids), None)
+    ids = [*ids, eos_token_id] if end is None else ids[: end + 1]
+    return EncodedCompletion(ids[:max_length], truncated=len(ids) > max_length)
+
+
+# From token ids to batches.
+
+
+@dataclass(frozen=True)
+class OfflineBatch:
+    """A batch of prompts with the completions and rewards that a dataset holds for them."""
+
+    prompts: Prompts
+    completions: Completions
+    """A completion that a prompt lacks has a mask that is False throughout. Nothing is known of the law that sampled:
+    `sampler_logprobs` are 0."""
+    rewards: Tensor
+    """(P, K) float32; for preferences 1 for chosen, 0 for rejected. 0 where `reward_mask` is False."""
+    reward_mask: Tensor
+    """(P, K) bool, True where there is a completion."""
+
+
+@dataclass(frozen=True)
+class OfflineDataset:
+    """Prompts with tokenised completions and their rewards, in the order of `PromptDataset`."""
+
+    prompt_dataset: PromptDataset
+    completions: list[list[EncodedCompletion]]
+    """The completions of each prompt; of preferences (chosen, rejected)."""
+    rewards: list[list[float]]
+    """One for each completion."""
+    notes: list[str]
+    """What of the dataset is not used and why, for the user to read."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_dataset)
+
+    @property
+    def name(self) -> str:
+        """What error messages call it."""
+        return self.prompt_dataset.name
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The prompts as the dataset gave them."""
+        return self.prompt_dataset.prompts
+
+    @property
+    def num_completions(self) -> int:
+        """K: the completions of the prompt that has most. One number for all batches, so that all processes agree."""
+        return max(map(len, self.completions))
+
+    def step_rows(self, seed: int, step: int, batch_size: int) -> list[int]:
+        """The rows of training step `step` (from 0); see `PromptDataset.step_rows`."""
+        return self.prompt_dataset.step_rows(seed, step, batch_size)
+
+    def batch(self, rows: Sequence[int], *, device: torch.device | str = "cpu") -> OfflineBatch:
+        """The named rows as one batch, completions (P, K, T) right-padded to its longest one."""
+        prompts = self.prompt_dataset.batch(rows, device=device)
+        width = max(len(completion.ids) for row in rows for completion in self.completions[row])
+        shape = (len(rows), self.num_completions)
+        ids = torch.full((*shape, width), self.prompt_dataset.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros((*shape, width), dtype=torch.bool)
+        truncated, rewards = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.float32)
+        for p, row in enumerate(rows):
+            rewards[p, : len(self.rewards[row])] = torch.tensor(self.rewards[row])
+            for k, completion in enumerate(self.completions[row]):
+                ids[p, k, : len(completion.ids)] = torch.tensor(completion.ids)
+                mask[p, k, : len(completion.ids)] = True
+                truncated[p, k] = completion.truncated
+        return OfflineBatch(
+            prompts=prompts,
+            completions=Completions(
+                prompt_ids=prompts.ids,
+                prompt_mask=prompts.mask,
+                completion_ids=ids.to(device),
+                completion_mask=mask.to(device),
+                sampler_logprobs=torch.zeros(mask.shape, dtype=torch.float32, device=device),
+                truncated=truncated.to(device),
+                policy_version=0,
+            ),
+            rewards=rewards.to(device),
+            reward_mask=mask.any(-1).to(device),
+        )
+
+
+# From rows to groups.
+
+
+def load_preferences(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dataset: Any = None) -> OfflineDataset:
+    """The preferences of the training split, tokenised: groups of two, (chosen, rejected), rewarded 1 and 0.
+
+    `dataset` takes the place of the configuration's; see `load_dataset_rows` for what it may be. A row has `chosen` and
+    `rejected`, and a prompt, explicit in `prompt_column` or implicit (see `shared_prompt`). Each side is a string, or a
+    list with one turn of the assistant, before which the prompt's turns may be repeated. Other columns are kept.
+
+    Left out, counted and told in `notes`: rows whose sides are identical (also: once cut), of which one is empty, or
+    which differ before the assistant's last turn, and prompts longer than max_prompt_length.
+
+    Raises PairtuneError for whatever else is wrong with the data, and if nothing is left.
+    """
+    rows, name = _training_rows(config, dataset)
+    for column in ("chosen", "rejected"):
+        if column not in columns_of(rows):
+            raise missing_column(column, rows, name, "preferences have `chosen` and `rejected`.")
+    implicit = prompts_are_implicit(rows, config.prompt_column, name)
+    groups: list[_Group] = []
+    left_out: Counter[tuple[str, str]] = Counter()
+    for number, row in enumerate(rows):
+        place = f"row {number} of {name}"
+        chosen, rejected = row.get("chosen"), row.get("rejected")
+        if isinstance(chosen, str | list) and chosen == rejected:
+            left_out["row", IDENTICAL] += 1
+            continue
+        if implicit:
+            prompt = shared_prompt(row, place)
+            chosen, rejected = row["chosen"][len(prompt) :], row["rejected"][len(prompt) :]
+        else:
+            prompt = checked_prompt(row.get(config.prompt_column), place)
+        sides = [_answer(chosen, prompt, f"{place}: `chosen`"), _answer(rejected, prompt, f"{place}: `rejected`")]
+        answers = [side for side in sides if side is not None]
+        if implicit and (len(answers) < 2 or _differ_earlier(row)):
+            left_out["row", DIFFERENT_EARLIER] += 1
+        elif len(answers) < 2:
+            left_out["row", NOT_ONE_TURN] += 1
+        elif not all(answer.strip() for answer in answers):
+            left_out["row", EMPTY] += 1
+        else:
+            groups.append(_Group(checked_prompt(prompt, place), number, row, answers, [1.0, 0.0]))
+    used = (config.prompt_column, "chosen", "rejected")
+    others = [column for column in columns_of(rows) if column not in used]
+    return _encoded(groups, left_out, others, name, config, tokenizer)
+
+
+def load_scored(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dataset: Any = None) -> OfflineDataset:
+    """The scored completions of the training split, tokenised and grouped by equal prompt, in order of appearance.
+
+    `dataset` takes the place of the configuration's; see `load_dataset_rows` for what it may be. A row has a prompt in
+    `prompt_column` with one `completion` and its `reward`, or with lists of them in `completions` and `rewards`; a
+    completion is written as in `load_preferences`. Which policy it is from does not matter.
+
+    Left out, counted and told in `notes`: completions that are empty or not one turn of the assistant, prompts with
+    fewer than two completions or with nothing but copies of one, and prompts longer than max_prompt_length.
+
+    Raises PairtuneError for whatever else is wrong with the data, a reward that is no finite number among it, and if
+    nothing is left.
+    """
+    rows, name = _training_rows(config, dataset)
+    column_names = columns_of(rows)
+    in_lists = "completions" in column_names and "completion" not in column_names
+    completion_column, reward_column = ("completions", "rewards") if in_lists else ("completion", "reward")
+    if config.prompt_column not in column_names:
+        raise missing_column(config.prompt_column, rows, name, "name the right one with prompt_column=...")
+    for column in (completion_column, reward_column):
+        if column not in column_names:
+            mend = "scored completions have `completion` and `reward`, or lists in `completions` and `rewards`."
+            raise missing_column(column, rows, name, mend)
+    groups: dict[str, _Group] = {}
+    left_out: Counter[tuple[str, str]] = Counter()
+    for number, row in enumerate(rows):
+        place = f"row {number} of {name}"
+        prompt = checked_prompt(row.get(config.prompt_column), place)
+        key = json.dumps(prompt, sort_keys=True, default=repr)
+        group = groups.setdefault(key, _Group(prompt, number, row, [], []))
+        completions, rewards = row.get(completion_column), row.get(reward_column)
+        if not in_lists:
+            completions, rewards = [completions], [rewards]
+        elif not (isinstance(completions, list) and isinstance(rewards, list) and len(completions) == len(rewards)):
+            raise PairtuneError(
+                f"{place}: `completions` and `rewards` must be lists of equal length, "
+                f"not {_described(completions)} and {_described(rewards)}."
+            )
+        for completion, reward in zip(completions, rewards, strict=True):
+            checked_reward = _finite(reward, place)
+            answer = _answer(completion, prompt, f"{place}: `{completion_column}`")
+            if answer is None:
+                left_out["completion", NOT_ONE_TURN] += 1
+            elif not answer.strip():
+                left_out["completion", EMPTY] += 1
+            else:
+                group.completions.append(answer)
+                group.rewards.append(checked_reward)
+    return _encoded(list(groups.values()), left_out, [], name, config, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """The completions of one prompt, as text."""
+
+    prompt: Prompt
+    number: int
+    """The row that the prompt was first met in."""
+    row: Row
+    completions: list[str]
+    rewards: list[float]
+
+
+def _training_rows(config: TrainConfig, dataset: Any) -> tuple[list[Row], str]:
+    source = config.dataset if dataset is None else dataset
+    variant = config.dataset_config if dataset is None else None
+    return load_dataset_rows(source, split=config.dataset_train_split, config=variant), dataset_name(source)
+
+
+def _answer(value: Any, prompt: Prompt, place: str) -> str | None:
+    """What the assistant says to `prompt`; None if that is anything but one turn of the assistant."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise PairtuneError(f"{place} is {_described(value)}; it must be a string or a list of role/content turns.")
+    check_turns(value, place)
+    turns = [(turn["role"], turn["content"]) for turn in value]
+    asked = [(turn["role"], turn["content"]) for turn in as_turns(prompt)]
+    if turns[: len(asked)] == asked:
+        turns = turns[len(asked) :]
+    if not turns:
+        return ""
+    return turns[0][1] if len(turns) == 1 and turns[0][0] == "assistant" else None
+
+
+def _differ_earlier(row: Row) -> bool:
+    """Whether the two sides are dialogues in one string that part before the assistant's last turn."""
+    return isinstance(row["chosen"], str) and dialogue_prompt(row["chosen"]) != dialogue_prompt(row["rejected"])
+
+
+def _finite(reward: Any, place: str) -> float:
+    """A reward that is a number within float32. True and false are none, nor is an empty cell."""
+    if isinstance(reward, int | float) and not isinstance(reward, bool) and abs(reward) <= LARGEST:
+        return float(reward)
+    raise PairtuneError(
+        f"{place}: the reward {shortened(reward)} is not a finite number; correct it, or leave the row out."
+    )
+
+
+def _described(value: Any) -> str:
+    if value is None:
+        return "missing"
+    return f"a list of {len(value)}" if isinstance(value, list) else f"of type {type(value).__name__}"
+
+
+def _encoded(
+    groups: list[_Group],
+    left_out: Counter[tuple[str, str]],
+    columns: list[str],
+    name: str,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> OfflineDataset:
+    """The groups that can be learned from, as token ids. `left_out` counts (unit, reason) so far."""
+
+    def keep(kept: list[_Group], among: list[_Group], reason: str) -> list[_Group]:
+        if len(kept) < len(among):
+            left_out["prompt", reason] = len(among) - len(kept)
+        if not kept:
+            raise PairtuneError(f"nothing is left of {name} to learn from: {'; '.join(_told(left_out))}.")
+        return kept
+
+    groups = keep([group for group in groups if len(group.completions) > 1], groups, TOO_FEW)
+    encoded = encode_completions(
+        _raw(groups, [], name),
+        [group.completions for group in groups],
+        tokenizer,
+        chat=config.chat,
+        system_prompt=config.system_prompt,
+        max_completion_length=config.max_completion_length,
+    )
+    encoded_of = {group.number: completions for group, completions in zip(groups, encoded, strict=True)}
+    different = [group for group in groups if len({tuple(c.ids) for c in encoded_of[group.number]}) > 1]
+    reason = f"its completions do not differ within max_completion_length={config.max_completion_length} tokens"
+    groups = keep(different, groups, reason)
+    prompt_dataset = _raw(groups, columns, name).encode(
+        tokenizer, chat=config.chat, system_prompt=config.system_prompt, max_prompt_length=config.max_prompt_length
+    )
+    rewards_of = {group.number: group.rewards for group in groups}
+    completions = [encoded_of[number] for number in prompt_dataset.numbers]
+    notes = [*_told(left_out), *prompt_dataset.notes]
+    if num_cut := sum(completion.truncated for group in completions for completion in group):
+        notes.append(f"{_counted(num_cut, 'completion')} cut at max_completion_length={config.max_completion_length}")
+    rewards = [rewards_of[number] for number in prompt_dataset.numbers]
+    return OfflineDataset(prompt_dataset, completions, rewards, notes)
+
+
+def _raw(groups: list[_Group], columns: list[str], name: str) -> RawPrompts:
+    return RawPrompts(
+        prompts=[group.prompt for group in groups],
+        columns={column: [group.row.get(column) for group in groups] for column in columns},
+        name=name,
+        numbers=[group.number for group in groups],
+    )
+
+
+def _told(left_out: Counter[tuple[str, str]]) -> list[str]:
+    return [f"{_counted(count, unit)} left out: {reason}" for (unit, reason), count in left_out.items()]
+
+
+def _counted(count: int, unit: str) -> str:
+    return f"{count} {unit}{'' if count == 1 else 's'}"
