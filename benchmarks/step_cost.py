@@ -429,6 +429,7 @@ class PairtuneStep:
         from pairtune.models.sampler import HFSampler
         from pairtune.runs.metrics import Timer
         from pairtune.stages import rl
+        from pairtune.stages.optimization import make_optimizer
 
         tokenizer = load_tokenizer(config.model)
         self.prompts, _ = load_prompts(config, tokenizer)
@@ -441,7 +442,7 @@ class PairtuneStep:
             pad_token_id=self.policy.pad_token_id,
         )
         self.config, self.algorithm = config, ALGORITHMS[config.algorithm]
-        self.optimizer = rl._optimizer(config, self.policy)
+        self.optimizer = make_optimizer(config, self.policy.masters)
         self.progress = rl.Progress()
         self.timer = Timer()
         timed(rl, "_apply_gradients", self.timer, "optimizer")
@@ -466,7 +467,7 @@ class PairtuneStep:
             self.config, self.algorithm, self.policy, self.optimizer, collected, self.progress, self._phase
         )
         self.progress.step += 1
-        rl._step_metrics(collected, experience, self.progress)
+        rl._step_metrics(self.config, experience, self.progress)
         seconds = time.perf_counter() - start
 
         completions = experience.completions

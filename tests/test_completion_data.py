@@ -113,7 +113,9 @@ def test_a_template_that_opens_a_turn_otherwise_than_it_writes_one(tiny_tokenize
 
 def test_a_template_without_the_answer_is_refused(tiny_tokenizer: Any) -> None:
     tiny_tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(PairtuneError, match="row 0 of the dataset: the chat template .* leaves out what the assistant"):
+    with pytest.raises(
+        PairtuneError, match=r"row 0 of the dataset: the chat template .* leaves out what the assistant"
+    ):
         encode_completions(raw("a"), [["b"]], tiny_tokenizer)
 
 
@@ -324,7 +326,7 @@ def test_nothing_left_is_refused_with_the_reasons(tiny_tokenizer: Any) -> None:
     with pytest.raises(PairtuneError, match=f"nothing is left of the list of .* to learn from: {reasons}"):
         load_preferences(config(), tiny_tokenizer, rows)
     cut = [{"prompt": "p", "chosen": "abc", "rejected": "abd"}]
-    with pytest.raises(PairtuneError, match="1 prompt left out: its completions do not differ within .*=2 tokens"):
+    with pytest.raises(PairtuneError, match=r"1 prompt left out: its completions do not differ within .*=2 tokens"):
         load_preferences(config(max_completion_length=2), tiny_tokenizer, cut)
 
 
@@ -489,7 +491,7 @@ def test_a_batch_is_padded_to_its_own_longest_completion(tiny_tokenizer: Any) ->
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_missing_completion_is_harmless(tiny_tokenizer: Any, tiny_llama: Any, shared: bool) -> None:
     """The others get the log-probabilities that they get alone, and the gradient is finite."""
-    dataset = load_scored(config(), tiny_tokenizer, [*SCORED, *IN_LISTS[:1]])
+    dataset = load_scored(config(), tiny_tokenizer, [*SCORED, {"prompt": "p", "completion": "dd", "reward": 1}])
     scorer = Scorer(tiny_llama, shared=shared)
     completions = dataset.batch([1, 0]).completions
     assert not completions.completion_mask[0, 2:].any()
@@ -559,34 +561,42 @@ def smollm2() -> Any:
     pytest.skip(f"needs the tokenizer of {SMOLLM2_Q4} in the cache; any run with that model puts it there")
 
 
+def test_what_of_the_real_comparisons_is_used(comparisons: Any, smollm2: Any) -> None:
+    dataset = load_preferences(config(max_prompt_length=100_000), smollm2, comparisons)
+    assert (len(comparisons), len(dataset)) == (1611, 1605)
+    notes = {note.partition(" ")[2]: int(note.partition(" ")[0]) for note in dataset.notes}
+    assert notes.pop("completions cut at max_completion_length=256") > 0
+    assert notes == {
+        "rows left out: a completion is empty": 3,
+        "rows left out: chosen and rejected differ before the assistant's last turn": 3,
+    }
+    assert all(str(prompt).endswith("\n\nAssistant:") for prompt in dataset.prompts)
+
+
 @pytest.mark.parametrize("chat", ["never", "always"])
 def test_real_comparisons_come_back_word_for_word(comparisons: Any, smollm2: Any, chat: str) -> None:
+    rows = comparisons[::5]
     words = config(chat=chat, max_prompt_length=100_000, max_completion_length=100_000)
-    dataset = load_preferences(words, smollm2, comparisons)
-    assert (len(comparisons), len(dataset)) == (1611, 1605)
-    assert sorted(dataset.notes) == [
-        "3 rows left out: a completion is empty",
-        "3 rows left out: chosen and rejected differ before the assistant's last turn",
-    ]
-    for row, (number, group) in enumerate(zip(dataset.prompt_dataset.numbers, dataset.completions, strict=True)):
+    dataset = load_preferences(words, smollm2, rows)
+    encoded = dataset.prompt_dataset
+    for prompt, number, ids, group in zip(
+        dataset.prompts, encoded.numbers, encoded.token_ids, dataset.completions, strict=True
+    ):
         for side, completion in zip(("chosen", "rejected"), group, strict=True):
-            text = smollm2.decode(dataset.prompt_dataset.token_ids[row] + completion.ids)
-            written = comparisons[number][side]
+            text, answer = smollm2.decode(ids + completion.ids), rows[number][side].removeprefix(prompt)
             if chat == "always":
-                prompt, answer = dataset.prompts[row], written[len(dataset.prompts[row]) :]
                 assert text.endswith(f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>")
             else:
-                assert text == written + "<|im_end|>"
-            assert completion.ids.count(smollm2.eos_token_id) == 1
-            assert completion.ids[-1] == smollm2.eos_token_id
+                assert text == rows[number][side] + "<|im_end|>"
+            assert completion.ids.index(smollm2.eos_token_id) == len(completion.ids) - 1
+            assert not completion.truncated
 
 
-def test_real_comparisons_within_the_default_lengths(comparisons: Any, smollm2: Any) -> None:
-    dataset = load_preferences(config(max_prompt_length=256, max_completion_length=64), smollm2, comparisons)
-    batch = dataset.batch(dataset.step_rows(0, 0, 64))
-    assert batch.completions.completion_ids.shape == (64, 2, 64)
-    cut = batch.completions.truncated
-    assert cut.any()
-    assert torch.equal(
-        cut, (batch.completions.num_tokens == 64) & (batch.completions.completion_ids[..., -1] != smollm2.eos_token_id)
-    )
+def test_real_comparisons_cut_at_a_cap(comparisons: Any, smollm2: Any) -> None:
+    dataset = load_preferences(config(max_completion_length=32), smollm2, comparisons[:200])
+    completions = dataset.batch(dataset.step_rows(0, 0, 64)).completions
+    assert completions.completion_ids.shape == (64, 2, 32)
+    ended = (completions.completion_ids == smollm2.eos_token_id) & completions.completion_mask
+    assert torch.equal(completions.truncated, ~ended.any(-1))
+    assert (completions.num_tokens[completions.truncated] == 32).all()
+    assert 0 < completions.truncated.sum() < 128

@@ -272,7 +272,7 @@ def test_nothing_beats_the_optimum(beta: float) -> None:
         plain = (policy.exp() * (TASK.rewards - beta * (policy - ref))).sum(-1)
         assert values.objective == pytest.approx(plain.mean().item())
         assert values.regret == pytest.approx((best.objective - plain).mean().item(), abs=1e-12)
-        assert values.regret > 1e-9
+        assert values.regret > 1e-12
         assert values.objective == pytest.approx(values.reward - beta * values.kl)
     assert exact_values(TASK, ref, ref, beta).kl == 0
 
@@ -308,7 +308,7 @@ def test_best_of_n_is_what_it_says(n: int, grid: float) -> None:
     """Every draw of n completions, the prize shared among the best of them; on a coarse grid there are ties."""
     task = replace(SMALL, rewards=(SMALL.rewards * grid).round() / grid)
     num_levels = [row.unique().numel() for row in task.rewards]
-    assert num_levels == {64: [7, 7], 1: [4, 3], 0.25: [1, 1]}[grid]
+    assert num_levels == {64: [7, 7], 1: [3, 2], 0.25: [1, 1]}[grid]
     ref = sequence_logprobs(tabular_model(task), task)
     expected = torch.zeros_like(ref)
     for p in range(2):
@@ -344,7 +344,7 @@ def test_the_cheaper_estimate_of_best_of_n() -> None:
     e, n = 0.03, 16
     none = (1 - e) ** n
     plain = none * (math.log(n) + (n - 1) * math.log(1 - e) - (n - 1) / n) + (1 - none) * math.log((1 - none) / e)
-    assert best_of_n_kl(torch.tensor(math.log(e)).double(), n).item() == pytest.approx(plain, rel=1e-12)
+    assert best_of_n_kl(torch.tensor(math.log(e), dtype=torch.float64), n).item() == pytest.approx(plain, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradients

@@ -111,10 +111,9 @@ def token_rewards(rewards: Tensor, logratio: Tensor, *, beta: float, mask: Tenso
     """-beta log(policy / reference) of every token, and the score on the last: (...), (..., T) -> (..., T).
 
     The reward of token-wise PPO (the modified reward R of Ziegler et al. 2019, arXiv 1909.08593) and of Algorithm 1 of
-    the P3O paper.
-    `logratio` is the one of the policy that sampled (k1, which as a reward has the gradient of the KL). Summed over
-    tokens it is the trajectory reward. `mask` (..., T); a row without a token gives zeros, and its reward is not read.
-    Raises ValueError where shapes differ or the mask is not bool.
+    the P3O paper. `logratio` is the one of the policy that sampled (k1, which as a reward has the gradient of the KL).
+    Summed over tokens it is the trajectory reward. `mask` (..., T); a row without a token gives zeros, and its reward
+    is not read. Raises ValueError where shapes differ or the mask is not bool.
     """
     checked_mask(mask, logratio=logratio)
     if rewards.shape != mask.shape[:-1]:

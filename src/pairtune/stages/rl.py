@@ -5,11 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
-import signal
 import statistics
-import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -47,6 +43,14 @@ from pairtune.models.sampler import HFSampler
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
 from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
+from pairtune.runs.signals import stop_on_signals
+from pairtune.stages.optimization import (
+    apply_gradients,
+    learning_rate_factor,
+    load_state_tensors,
+    make_optimizer,
+    state_tensors,
+)
 from pairtune.types import Experience, LossOutput
 
 
@@ -195,7 +199,7 @@ def _loop(
     sampler = HFSampler(
         policy.model, policy.tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id
     )
-    optimizer = _optimizer(config, policy)
+    optimizer = make_optimizer(config, policy.masters)
     progress, replay = _restore(config, run_dir, policy, optimizer, rewards)
     references = ReferenceCache(train_data, policy, config) if isinstance(train_data, OfflineDataset) else None
     timer = Timer(policy.device)
@@ -211,7 +215,7 @@ def _loop(
                 config_dict=config.model_dump(),
             )
         )
-    stop = stack.enter_context(_stop_on_signals())
+    stop = stack.enter_context(stop_on_signals())
     started = time.perf_counter() - progress.seconds
     display.begin(progress.step, progress.seconds)
     last_step_time = 0.0
@@ -461,24 +465,18 @@ def _apply_gradients(
     config: TrainConfig, policy: LoadedPolicy, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> float:
     """One optimizer move from the gradients accumulated on the masters; returns the norm before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * _lr_factor(config, progress.num_updates)
-    gradients = policy.masters.gradients()
-    distributed.sum_gradients(gradients)
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if not torch.isfinite(norm):
-        raise PairtuneError(
-            f"the gradient of step {progress.step + 1} is not finite ({norm.item()}); lower learning_rate or epsilon, "
-            "or set p3o.max_ratio, and go on from the last checkpoint with --resume."
-        )
-    if config.max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(policy.masters.masters, config.max_grad_norm, norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    policy.masters.publish()
+    num_updates = config.max_steps * config.updates_per_step
+    norm = apply_gradients(
+        policy.masters,
+        optimizer,
+        learning_rate=config.learning_rate * learning_rate_factor(config, progress.num_updates, num_updates),
+        max_grad_norm=config.max_grad_norm,
+        step=progress.step + 1,
+        mend="lower learning_rate or epsilon, or set p3o.max_ratio",
+    )
     progress.num_updates += 1
     progress.updates_in_step += 1
-    return norm.item()
+    return norm
 
 
 def _check_exact(logprobs: Tensor, experience: Experience, progress: Progress, *, first_update: bool) -> None:
@@ -634,37 +632,6 @@ class Progress:
     method: MethodState = field(default_factory=lambda: MethodState(beta=0.0))
 
 
-def _optimizer(config: TrainConfig, policy: LoadedPolicy) -> torch.optim.AdamW:
-    """AdamW on the float32 masters. Weight decay leaves vectors (norms, biases) alone."""
-    masters = policy.masters.masters
-    groups = [
-        {"params": [m for m in masters if m.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [m for m in masters if m.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
-    )
-
-
-def _lr_factor(config: TrainConfig, update: int) -> float:
-    """The share of `learning_rate` at an optimizer update (from 0)."""
-    if update < config.warmup_steps and config.lr_scheduler_type != "constant":
-        return (update + 1) / (config.warmup_steps + 1)
-    if config.lr_scheduler_type in ("constant", "constant_with_warmup"):
-        return 1.0
-    done = (update - config.warmup_steps) / max(1, config.max_steps * config.updates_per_step - config.warmup_steps)
-    if config.lr_scheduler_type == "linear":
-        return max(0.0, 1.0 - done)
-    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
 def _save(
     config: TrainConfig,
     run_dir: Path,
@@ -675,13 +642,7 @@ def _save(
     replays: list[list[dict[str, Tensor]]],
 ) -> None:
     """A checkpoint that `from_pretrained` loads, with what resuming needs beside it."""
-    tensors = {}
-    for name, master in zip(policy.masters.names, policy.masters.masters, strict=True):
-        tensors[f"master.{name}"] = master.detach()
-        for moment in MOMENTS:
-            if moment in optimizer.state.get(master, {}):
-                tensors[f"{moment}.{name}"] = optimizer.state[master][moment]
-
+    tensors = state_tensors(policy.masters, optimizer)
     for process, batches in enumerate(replays):
         for number, batch in enumerate(batches):
             tensors |= {f"replay.{process}.{number}.{name}": value for name, value in batch.items()}
@@ -710,15 +671,10 @@ def _restore(
     if path is None:
         return Progress(method=MethodState(beta=config.beta)), replay
     tensors, state = checkpoint.load(path)
-    policy.masters.load({name: tensors[f"master.{name}"] for name in policy.masters.names})
     method = state["progress"].pop("method")
     method = MethodState(beta=method["beta"], average=MovingAverage(**method["average"]))
     progress = Progress(**state["progress"], method=method)
-    for name, master in zip(policy.masters.names, policy.masters.masters, strict=True):
-        if f"{MOMENTS[0]}.{name}" in tensors:
-            moments = {moment: tensors[f"{moment}.{name}"].to(master.device) for moment in MOMENTS}
-            count = torch.tensor(float(progress.num_updates), device=master.device)
-            optimizer.state[master] = {"step": count, **moments}
+    load_state_tensors(policy.masters, optimizer, tensors, num_updates=progress.num_updates)
     if rewards is not None:
         rewards.load_state_dict(state["rewards"])
     for number in range(config.replay):
@@ -727,35 +683,3 @@ def _restore(
         if batch:
             replay.append(from_tensors(batch, policy, config))
     return progress, replay
-
-
-class StopRequest:
-    """Set by SIGTERM or Ctrl-C; honoured between two steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.agreed = False
-        """True once all processes know that one of them was asked."""
-
-
-@contextlib.contextmanager
-def _stop_on_signals() -> Iterator[StopRequest]:
-    """Finish the step, save, say how to go on. A second Ctrl-C stops at once."""
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signal handlers belong to the main thread: in another one the caller decides
-        return
-
-    def request(number: int, _: Any) -> None:
-        if stop.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.requested = True
-        # No print: a signal may come in the middle of one, and Python's streams are not reentrant.
-        os.write(2, b"\nstopping: this step is finished and saved first (Ctrl-C again to stop at once)\n")
-
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

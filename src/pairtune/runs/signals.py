@@ -1,0 +1,42 @@
+"""How a run ends early: SIGTERM and Ctrl-C ask it to, and it stops where it can be resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+
+class StopRequest:
+    """Set by SIGTERM or Ctrl-C; honoured between two steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.agreed = False
+        """True once all processes know that one of them was asked."""
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Finish the step, save, say how to go on. A second Ctrl-C stops at once."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signal handlers belong to the main thread: in another one the caller decides
+        return
+
+    def request(number: int, _: Any) -> None:
+        if stop.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.requested = True
+        # No print: a signal may come in the middle of one, and Python's streams are not reentrant.
+        os.write(2, b"\nstopping: this step is finished and saved first (Ctrl-C again to stop at once)\n")
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
