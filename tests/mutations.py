@@ -43,11 +43,12 @@ PAIRWISE, KL, MASKING, STATISTICS = (f"maths/{name}.py" for name in ("pairwise",
 TEST_PAIRWISE, TEST_KL, TEST_STATISTICS = (f"maths/test_{name}.py::test_" for name in ("pairwise", "kl", "statistics"))
 ENUMERATION = "maths/test_enumeration.py::test_"
 ALGORITHMS, EXPERIENCE, EVALUATION, RL = "algorithms.py", "experience.py", "evaluation.py", "stages/rl.py"
-LOGPROBS, LOADING = "models/logprobs.py", "models/loading.py"
+LOGPROBS, LOADING, OPTIMIZATION = "models/logprobs.py", "models/loading.py", "stages/optimization.py"
 TEST_ALGORITHMS, TEST_EVALUATION, TEST_LOADING, TEST_LOGPROBS, TEST_TRAIN, TEST_DISTRIBUTED = (
     f"test_{name}.py::test_"
     for name in ("algorithms", "evaluation", "loading", "logprobs", "train", "distributed_train")
 )
+TEST_PROPERTIES, TEST_METHODS = "test_properties.py::test_", "test_methods.py::test_"
 
 MUTATIONS = [
     # ----------------------------------------------------------------------------------------------- the losses: signs
@@ -526,9 +527,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a final norm shared with the reference",
-        LOADING,
-        "norm=copy.deepcopy(scorer.top.norm).requires_grad_(False)",
-        "norm=scorer.top.norm",
+        LOGPROBS,
+        "norm=copy.deepcopy(top.norm).requires_grad_(False)",
+        "norm=top.norm",
         TEST_LOADING + "the_reference_is_the_policy_at_step_0_and_stays[layers-llama-float32]",
     ),
     Mutation(
@@ -570,8 +571,8 @@ MUTATIONS = [
     Mutation(
         "old log-probabilities that follow the policy",
         RL,
-        "if iteration == 0 and one_update_a_pass:",
-        "if one_update_a_pass:",
+        "if iteration == 0 and yields_old:",
+        "if yields_old:",
         TEST_TRAIN + "a_run_learns_and_leaves_what_it_should[full]",
     ),
     Mutation(
@@ -583,35 +584,35 @@ MUTATIONS = [
     ),
     Mutation(
         "gradients left over from the last update",
-        RL,
+        OPTIMIZATION,
         "    optimizer.zero_grad(set_to_none=True)\n",
         "",
         TEST_TRAIN + "a_run_is_the_plain_loop",
     ),
     Mutation(
         "an update that is not published",
-        RL,
-        "    policy.masters.publish()\n",
+        OPTIMIZATION,
+        "    masters.publish()\n",
         "",
         TEST_TRAIN + "the_first_ratio_is_1_and_the_first_kl_0[llama-bfloat16-layers]",
     ),
     Mutation(
         "gradients that are not clipped",
-        RL,
-        "    if config.max_grad_norm is not None:",
+        OPTIMIZATION,
+        "    if max_grad_norm is not None:",
         "    if False:",
         TEST_TRAIN + "a_run_is_the_plain_loop",
     ),
     Mutation(
         "a learning rate without its schedule",
         RL,
-        "config.learning_rate * _lr_factor(config, progress.num_updates)",
+        "config.learning_rate * learning_rate_factor(config, progress.num_updates, num_updates)",
         "config.learning_rate",
         TEST_TRAIN + "a_run_is_the_plain_loop",
     ),
     Mutation(
         "weight decay on vectors",
-        RL,
+        OPTIMIZATION,
         'if m.ndim < 2], "weight_decay": 0.0}',
         'if m.ndim < 2], "weight_decay": config.weight_decay}',
         TEST_TRAIN + "a_run_is_the_plain_loop",
@@ -632,8 +633,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a resumed optimizer that counts from 0",
-        RL,
-        "torch.tensor(float(progress.num_updates), device=master.device)",
+        OPTIMIZATION,
+        "torch.tensor(float(num_updates), device=master.device)",
         "torch.tensor(0.0, device=master.device)",
         TEST_TRAIN + "a_resumed_run_equals_the_uninterrupted_one[layers, cosine, decay]",
     ),
@@ -653,7 +654,7 @@ MUTATIONS = [
     ),
     Mutation(
         "each process with a gradient of its own",
-        RL,
+        OPTIMIZATION,
         "    distributed.sum_gradients(gradients)\n",
         "",
         TEST_DISTRIBUTED + "two_processes_train_what_one_trains[none]",
@@ -693,6 +694,84 @@ MUTATIONS = [
         "stream=EVALUATION_STREAM",
         "stream=step",
         TEST_EVALUATION + "every_metric_is_what_it_says[law0]",
+    ),
+    # -------------------------------------------------------------------------------------------- the rivals of P3O
+    Mutation(
+        "a denominator of all prompts of the minibatch",
+        RL,
+        "counted = algorithm.counted(experience)[minibatch].sum()",
+        "counted = torch.tensor(algorithm.counted(experience)[minibatch].numel())",
+        TEST_TRAIN + "the_loss_is_a_mean_over_what_counts",
+    ),
+    Mutation(
+        "a leave-one-out that leaves none out",
+        "maths/advantages.py",
+        "return differences / (num_counted - 1).clamp(min=1)",
+        "return differences / num_counted.clamp(min=1)",
+        TEST_PROPERTIES + "the_multiple_of_p3o_at_ratio_one[rloo-1]",
+    ),
+    Mutation(
+        "CoPG with half the factor",
+        "maths/contrastive.py",
+        "(reward - beta * logratio).square() / (2 * beta)",
+        "(reward - beta * logratio).square() / (4 * beta)",
+        TEST_PROPERTIES + "the_multiple_of_p3o_at_ratio_one[copg-2]",
+    ),
+    Mutation(
+        "a baseline that is not subtracted",
+        ALGORITHMS,
+        "_trajectory_rewards(experience, config.beta) - experience.targets.baseline",
+        "_trajectory_rewards(experience, config.beta)",
+        TEST_PROPERTIES + "the_baseline_is_subtracted_from_every_reward",
+    ),
+    Mutation(
+        "GRPO by the sum of tokens",
+        ALGORITHMS,
+        "losses=masked_mean(losses, completion_mask, -1)",
+        "losses=masked_sum(losses, completion_mask, -1)",
+        TEST_PROPERTIES + "grpo_takes_the_mean_over_the_tokens_of_a_completion",
+    ),
+    Mutation(
+        "an adaptive controller without its clip",
+        ALGORITHMS,
+        "    error = min(0.2, max(-0.2, error))\n",
+        "",
+        TEST_PROPERTIES + "the_adaptive_controller[90.0-1.02]",
+    ),
+    Mutation(
+        "advantages that are never whitened",
+        ALGORITHMS,
+        "    if not config.ppo.whiten_advantages:",
+        "    if True:",
+        TEST_PROPERTIES + "whitened_advantages_have_mean_0_and_variance_1",
+    ),
+    Mutation(
+        "labels drawn by the place in the batch",
+        ALGORITHMS,
+        'rows = _given(experience.rows, "dataset rows to draw labels for").cpu()[:, None]',
+        "rows = torch.arange(len(experience.rewards))[:, None]",
+        TEST_PROPERTIES + "sampled_labels_are_drawn_once_for_a_prompt",
+    ),
+    Mutation(
+        "replayed batches against the policy as it is",
+        RL,
+        "    is_fresh = experience.old_logprobs is None\n",
+        "    is_fresh = True\n",
+        TEST_METHODS + "earlier_batches_are_learned_from_again[p3o]",
+    ),
+    Mutation(
+        "a resumed run without what its method carries",
+        RL,
+        'average=MovingAverage(**method["average"])',
+        "average=MovingAverage()",
+        TEST_METHODS + "a_resumed_run_of_any_method_equals_the_uninterrupted_one[reinforce]",
+    ),
+    Mutation(
+        "a value function that is not fitted",
+        ALGORITHMS,
+        "losses = masked_sum(policy, mask, -1) + config.vpg.vf_coef * value",
+        "losses = masked_sum(policy, mask, -1)",
+        TEST_METHODS + "the_value_function_learns[vpg-way0]",
     ),
 ]
 

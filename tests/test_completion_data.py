@@ -97,6 +97,7 @@ def template(*, opened: str = ASSISTANT, before: str = ASSISTANT, closing: str =
         ("<|system|>\n" + END, "yes<|system|>"),  # a turn ends with a special token that is not the tokenizer's EOS
         ("\n", f"yes{END}"),  # with no special token at all
         ("", f"yes{END}"),
+        ("\u00e9", f"yes{END}"),  # unknown to the tokenizer, whose unknown token is special and ends nothing
     ],
 )
 def test_a_turn_ends_as_its_template_ends_it(tiny_tokenizer: Any, closing: str, expected: str) -> None:
@@ -374,6 +375,8 @@ def test_the_configurations_words_are_obeyed(tiny_tokenizer: Any, tmp_path: Path
     assert all_texts(tiny_tokenizer, dataset) == [(prompt, [f"b{END}", f"c{END}"])]
     with pytest.raises(PairtuneError, match="dataset_config 'small' has no meaning"):
         load_preferences(config(dataset=str(path), dataset_config="small"), tiny_tokenizer)
+    # What is passed in takes the place of the configuration's dataset with its variant.
+    assert len(load_preferences(config(dataset_config="small"), tiny_tokenizer, [hh(*HH[0])])) == 1
 
 
 # Scored completions.
@@ -411,6 +414,13 @@ def test_scored_completions_are_grouped_by_prompt(tiny_tokenizer: Any, rows: lis
         assert torch.equal(batch.rewards, torch.tensor(rewards))
         assert batch.rewards.dtype == torch.float32
     assert torch.equal(dataset.batch([0, 1]).reward_mask, torch.tensor([[True, True, True], [True, True, False]]))
+
+
+def test_completions_and_rewards_stay_with_their_prompt(tiny_tokenizer: Any) -> None:
+    rows = [{"prompt": "too long", "completions": ["x", "y"], "rewards": [7, 8]}, *IN_LISTS]
+    dataset = load_scored(config(max_prompt_length=3), tiny_tokenizer, rows)
+    assert [prompt for prompt, _ in all_texts(tiny_tokenizer, dataset)] == ["p", "q"]
+    assert dataset.rewards == [[0.5, -1.0, 0.0], [3.0, 2.0]]
 
 
 def test_equal_conversations_are_one_prompt(tiny_tokenizer: Any) -> None:
@@ -533,6 +543,8 @@ def held_out(tokenizer: Any, rows: list[dict[str, Any]], **settings: Any) -> Pro
         (hh(*HH[0]), HH[0][0]),  # without "I am", with which both answers begin
         (hh(*HH[1]), HH[1][0]),
         (hh(HH[0][0], "", " b"), HH[0][0]),
+        (hh("\n\nHuman: a\n\nAssistant:", " b\n\nHuman: c\n\nAssistant: d", " e"), "\n\nHuman: a\n\nAssistant:"),
+        (hh("Note:\n\nAssistant:", " I am well", " I am not"), "Note:\n\nAssistant: I am"),  # no dialogue
         ({"chosen": "the sky is blue", "rejected": "the sky is brown"}, "the sky is"),
         ({"chosen": turns("a", "b", "c", "d"), "rejected": turns("a", "b", "c", "e")}, turns("a", "b", "c")),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "a"),

@@ -313,6 +313,26 @@ def test_the_moving_average_is_of_earlier_steps() -> None:
     assert state.average.total == pytest.approx(1.5 + shaped.sum().item(), abs=1e-12)
 
 
+def test_the_baseline_is_subtracted_from_every_reward() -> None:
+    policy, values, experience = collected()
+    lowered = with_fields(experience, rewards=experience.rewards - 0.25)
+    with_baseline = gradients(policy, values, experience, config_of("reinforce"))[0]
+    without = gradients(policy, values, lowered, config_of("reinforce without baseline"))[0]
+    torch.testing.assert_close(with_baseline, without, rtol=1e-12, atol=1e-14)
+
+
+def test_grpo_takes_the_mean_over_the_tokens_of_a_completion() -> None:
+    """At ratio 1 without a KL: -A / T for every token, the mean over completions; a pair has advantages +-1."""
+    policy, values, experience = collected(drift=0.0)
+    experience = with_fields(experience, old_logprobs=policy.detach())
+    found = gradients(policy, values, experience, config_of("grpo", beta=0.0))[0]
+    mask = experience.completions.completion_mask
+    difference = experience.rewards[:, :1] - experience.rewards[:, 1:]
+    sign = torch.cat([difference, -difference], 1).sign()
+    expected = -sign[..., None] / mask.sum(-1, keepdim=True) * mask / sign.numel()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
+
+
 @pytest.mark.parametrize(("kl", "factor"), [(3.0, 1 - 0.2 * 10 / 100), (6.6, 1 + 0.1 * 10 / 100), (90.0, 1.02)])
 def test_the_adaptive_controller(kl: float, factor: float) -> None:
     """Error clipped to -+0.2, times completions by horizon."""

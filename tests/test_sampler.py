@@ -700,6 +700,10 @@ def linear_names(model: nn.Module) -> list[str]:
 def test_packed_layers_compute_the_same(name: str) -> None:
     """Rows other in number than packed for, one token and many; GPT-2 has but one nn.Linear, its head."""
     model = tiny_model(name)
+    with torch.no_grad():
+        for layer in model.modules():
+            if type(layer) is nn.Linear and layer.bias is not None:
+                layer.bias.normal_()
     assert packed_names(model) == linear_names(model) != []
     for shape in [(3, 1), (1, 1), (2, 9), (7, 1)]:
         ids = torch.randint(1, VOCAB, shape)
@@ -831,19 +835,19 @@ def test_layers_that_are_left_as_they_are() -> None:
 
 
 @pytest.mark.usefixtures("pack_all")
-@pytest.mark.parametrize("missing", ["operators", "one operator", "oneDNN", "memory"])
+@pytest.mark.parametrize("missing", ["_linear_pointwise", "_reorder_linear_weight", "oneDNN", "memory"])
 def test_without_what_packing_needs_sampling_is_plain(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny_model("llama"), make_prompts([3, 6])
     assert packed_names(model) != []
     expected = sample(model, prompts, 2)
-    if missing == "operators":
-        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
-    elif missing == "one operator":
-        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(_reorder_linear_weight=None))
-    elif missing == "oneDNN":
+    if missing == "oneDNN":
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    else:
+    elif missing == "memory":
         monkeypatch.setattr(packing, "MAX_WEIGHTS", 10_000)
+    else:
+        operators = {"_linear_pointwise": None, "_reorder_linear_weight": None}
+        del operators[missing]
+        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**operators))
     assert packed_names(model) == []
     torch.testing.assert_close(sample(model, prompts, 2).sampler_logprobs, expected.sampler_logprobs, atol=1e-5, rtol=0)
 

@@ -721,6 +721,22 @@ def test_a_gradient_that_is_not_finite_ends_the_run(run: Run, monkeypatch: pytes
         run()
 
 
+def test_the_loss_is_a_mean_over_what_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam and the clip of the norm would hide a wrong denominator; the logged loss does not."""
+    algorithm = rl.ALGORITHMS["p3o"]
+
+    def ones(logprobs: Tensor, experience: Any, config: Any, values: Any) -> Any:
+        output = algorithm.loss(logprobs, experience, config, values)
+        return type(output)(losses=1 + 0 * output.losses, mask=output.mask, metrics={})
+
+    def reward(prompts: list[str], **_: Any) -> list[float | None]:
+        return [None if prompt.startswith("So") else 1.0 for prompt in prompts]
+
+    monkeypatch.setitem(rl.ALGORITHMS, "p3o", type(algorithm)(counted=algorithm.counted, loss=ones))
+    result = run(reward=reward, batch_size=12, minibatch_size=6, micro_batch_size=4, max_steps=1)
+    assert lines(result)[0]["loss"] == pytest.approx(1, abs=1e-6)
+
+
 def test_one_update_a_batch_is_noted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run(num_iterations=1, max_steps=1)
     assert "note: num_iterations is 1 with one minibatch a batch, so every ratio is 1" in capsys.readouterr().out

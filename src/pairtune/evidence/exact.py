@@ -128,10 +128,6 @@ class EnumerableTask:
         ended = [(*prefix, EOS) for prefix in prefixes if len(prefix) < self.max_completion_length]
         return ended + [prefix for prefix in prefixes if len(prefix) == self.max_completion_length]
 
-    @cached_property
-    def _index(self) -> dict[tuple[int, ...], int]:
-        return {sequence: index for index, sequence in enumerate(self.sequences)}
-
     def completions(self) -> Completions:
         """All N completions of each prompt, as if they had been sampled: K = N."""
         width = max(map(len, self.prompts))
@@ -173,17 +169,25 @@ class EnumerableTask:
 
     def reward_func(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         """The table as a reward function. Raises PairtuneError for what does not stand in it."""
-        rows = {self.text(prompt): row for row, prompt in enumerate(self.prompts)}
         rewards = []
         for prompt, ids in zip(prompts, completion_ids, strict=True):
-            row, column = rows.get(prompt), self._index.get(tuple(ids))
-            if row is None or column is None:
+            reward = self._reward_of.get((prompt, tuple(ids)))
+            if reward is None:
                 raise PairtuneError(
                     f"the reward table has no completion {ids} of the prompt {prompt!r}; take the prompts from "
                     f"dataset() and set max_completion_length to {self.max_completion_length}."
                 )
-            rewards.append(self.rewards[row, column].item())
+            rewards.append(reward)
         return rewards
+
+    @cached_property
+    def _reward_of(self) -> dict[tuple[str, tuple[int, ...]], float]:
+        """(prompt, completion) -> reward."""
+        return {
+            (self.text(prompt), sequence): reward
+            for prompt, rewards in zip(self.prompts, self.rewards.tolist(), strict=True)
+            for sequence, reward in zip(self.sequences, rewards, strict=True)
+        }
 
 
 def count_completions(vocab_size: int, max_completion_length: int) -> int:
