@@ -286,7 +286,7 @@ def provenance(argv: Sequence[str], output: Path) -> dict[str, Any]:
 NOTES = """\
 - A limit is where the update over all pairs is zero: those of the seed, or those of the law they are drawn from. It is
   the optimum for CoPG, whatever the pairs. The other three are biased, and more epochs or more pairs do not mend that.
-- Off-policy, the policy gradient with the value baseline passes near the optimum on its way and does not stay there.
+- Off-policy, the policy gradient with the value baseline passes nearer to the optimum than where it ends.
 - The paper takes E[r] as the value baseline, without the KL term, and that is what leaves this regret. With J(policy) =
   E[r - beta log(policy / reference)] the update off-policy is not the gradient of J either, but it is zero at the
   optimum, where r - beta log(policy / reference) is the same for all arms.
@@ -409,7 +409,12 @@ def draw(record: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    style = {"svg.hashsalt": "pairtune", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[Any, Any] = {
+        "svg.hashsalt": "pairtune",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with rc_context(style):
         figure = Figure(figsize=(7.2, 4.0), layout="constrained")
         axes = figure.subplots()

@@ -590,6 +590,7 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "dpo.label_smoothing": 0.1,
     "ipo.label_smoothing": 0.2,
     "ref_model": "other/model",
+    "best_of_n": 4,
     "output": "result.json",
     "prompt": "Hi",
     "top_p": 0.9,

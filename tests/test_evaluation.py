@@ -295,3 +295,33 @@ def test_a_reward_function_may_read_the_state_of_the_trainer(tiny_model_folder: 
 
     line = evaluate(config(model=tiny_model_folder), reward_funcs=[reward], dataset=ROWS)
     assert line["reward"]["mean"] == 0
+
+
+def test_the_best_of_n_are_chosen_from_the_same_draws(policy: LoadedPolicy) -> None:
+    all_six, samples = measured(policy, config(eval_generations=6))
+    best, kept = measured(policy, config(eval_generations=2, best_of_n=3))
+    assert (best["num_completions"], len(kept)) == (2 * len(ROWS), 2 * len(ROWS))
+    for row in range(len(ROWS)):
+        drawn = [sample for sample in samples if sample["row"] == row]
+        for place, sample in enumerate(s for s in kept if s["row"] == row):
+            three = drawn[3 * place : 3 * place + 3]
+            expected = max(three, key=lambda s: -1 if s["reward"] is None else s["reward"])  # the first of equals
+            assert (sample["completion"], sample["reward"]) == (expected["completion"], expected["reward"])
+    assert best["reward"]["mean"] > all_six["reward"]["mean"]
+
+
+def test_the_kl_of_the_best_of_n_adds_choice_and_drift(policy: LoadedPolicy) -> None:
+    """Chosen among completions of which none would come twice: log n - (n - 1) / n on top of the drift."""
+    best, _ = measured(policy, config(eval_generations=1, best_of_n=4))
+    groups = by_hand(policy, config(eval_generations=4))
+    chosen = [max(group, key=lambda c: -1 if c.reward is None else c.reward) for group in groups]
+    drift = sum(c.k1 for c in chosen) / len(chosen)
+    assert best["kl"] == best["kl_k1"]
+    assert best["kl"]["mean"] == pytest.approx(math.log(4) - 3 / 4 + drift, abs=0.02)
+    assert best["length"]["mean"] == sum(c.length for c in chosen) / len(chosen)
+
+
+def test_best_of_n_is_measured_to_the_model_that_it_samples(tiny_model_folder: str) -> None:
+    line = evaluated(tiny_model_folder, best_of_n=4)
+    assert line["kl"]["mean"] == pytest.approx(math.log(4) - 3 / 4, abs=0.02)
+    assert "kl" not in evaluated(tiny_model_folder)

@@ -41,6 +41,7 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "sft": Verb("fine-tune a model on completions, conversations or text", "pairtune.stages.sft", "sft", "SFTConfig"),
     "train": Verb("align a model from relative feedback", "pairtune.stages.rl", "train", "TrainConfig"),
     "evaluate": Verb(
         "measure a model on held-out prompts: reward, KL, length, each with its interval",
@@ -62,6 +63,7 @@ VERBS: dict[str, Verb] = {
 EXAMPLES = """\
 examples:
   pairtune demo
+  pairtune sft --model smollm2-135m-instruct-q4 --dataset answers.jsonl --dataset_test_split null
   pairtune train --config configs/tldr_gpu.yaml --epsilon 0.1 --p3o.clip separate
   pairtune train --resume --output_dir runs/train
   pairtune sample runs/demo --prompt "How was your day?"

@@ -588,6 +588,93 @@ class TrainConfig(
         return self
 
 
+class SupervisedOptimizerWords(OptimizerWords):
+    """How weights move when the dataset is fixed: defaults as in the recipe of Stanford Alpaca (2023)."""
+
+    learning_rate: NonNegativeFloat = 2e-5
+    """Step size of AdamW at the end of the warm-up."""
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    """Course of the learning rate over all updates; linear and cosine end at 0."""
+    warmup_steps: NonNegativeInt | None = None  # type: ignore[assignment]  # the loop puts a number in its place
+    """Updates over which the learning rate rises from 0; null: 3% of all updates."""
+
+
+class SupervisedWords(SupervisedOptimizerWords):
+    """How a fixed dataset is gone through, how often the model is measured, and what is kept."""
+
+    topic = "run"
+
+    batch_size: PositiveInt = 32
+    """Rows an update at most, over all processes; an epoch is cut into updates of equal size (one row more or less)."""
+    micro_batch_size: PositiveInt | None = 8
+    """Rows a forward pass on one process; changes memory and speed, not the gradient; null: all of the update."""
+    num_epochs: PositiveFloat = 1.0
+    """Passes over the training rows; 0.5: half of them."""
+    max_steps: PositiveInt | None = None
+    """Updates, in place of what `num_epochs` comes to; null: as `num_epochs` says."""
+    max_minutes: PositiveFloat | None = None
+    """Minutes of training after which the run ends early, with a checkpoint; null: no limit."""
+    eval_steps: NonNegativeInt = 50
+    """Updates between held-out evaluations; 0: only before and after."""
+    save_steps: NonNegativeInt = 100
+    """Updates between checkpoints; 0: only at the end."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept."""
+    output_dir: Annotated[str, Field(min_length=1)]
+    """Run folder: configuration, logs, checkpoints."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the run folder. Without --config, the folder's own config.yaml is taken."""
+    overwrite: bool = False
+    """Replace a run that is already in the run folder."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Trackers to log to, beside the run folder."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the order of rows, and of whatever is initialised at random."""
+
+
+class SFTConfig(ModelWords, PromptWords, TrainPromptWords, ChatWords, SupervisedWords):
+    """Everything `pairtune sft` can be told."""
+
+    topic = "data"
+
+    model: Annotated[str, Field(min_length=1)]
+    """The model to fine-tune: a hub id, a local folder, a run folder (its newest checkpoint), or
+    `smollm2-135m-instruct-q4` (comes as a package, no hub needed)."""
+    dataset: Annotated[str, Field(min_length=1)]
+    """Examples: a hub id, a folder, or a .jsonl, .json or .parquet file. Which of the four columns below it has says
+    how it is read."""
+    dataset_test_split: str | None = "test"
+    """Split of the held-out examples; null: no held-out evaluation."""
+    prompt_column: str = "prompt"
+    """Column with the prompt that `completion_column` answers: text, or a list of {role, content} turns."""
+    completion_column: str = "completion"
+    """Column with the completion to learn; `chosen` for a preference dataset, whose prompts may be implicit."""
+    messages_column: str = "messages"
+    """Column with a conversation, a list of {role, content} turns; every turn of the assistant is learned. Read where
+    there is no completion column."""
+    text_column: str = "text"
+    """Column with plain text, all of which is learned. Read where there is neither of the two."""
+    max_prompt_length: PositiveInt = 512
+    """Tokens; rows with a longer prompt are left out and counted, never cut. Conversations and texts have no such
+    limit."""
+    max_length: PositiveInt = 1024
+    """Tokens of an example, prompt included; longer ones are cut to their beginning and counted."""
+    dataset_train_split: str = "train"
+    """Split of the training examples."""
+    eval_dataset: str | None = None
+    """Another dataset for the held-out examples (its `dataset_test_split`); null: the same as `dataset`."""
+    num_eval_examples: PositiveInt | None = None
+    """Held-out examples to evaluate on; null: all."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/sft"
+    """Run folder: configuration, logs, checkpoints."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SFTConfig:
+        if sentences := list(_run_contradictions(self)):
+            raise PairtuneError("\n".join(sentences))
+        return self
+
+
 class EvaluateConfig(ModelWords, PromptWords, ChatWords, RewardWords, SamplingWords, EvaluationWords):
     """Everything `pairtune evaluate` can be told."""
 
@@ -599,6 +686,8 @@ class EvaluateConfig(ModelWords, PromptWords, ChatWords, RewardWords, SamplingWo
     """Measure the KL to this model: a hub id or a local folder; null: no KL."""
     batch_size: PositiveInt = 64
     """Prompts sampled and scored at a time; changes memory and speed only."""
+    best_of_n: PositiveInt = 1
+    """Draw this many for every completion that is measured, and keep the one of the largest reward; 1: no choice."""
     output: str | None = None
     """JSON file for the result; null: only printed."""
 
@@ -617,7 +706,12 @@ class SampleConfig(ModelWords, ChatWords, SamplingWords):
 
 
 ConfigT = TypeVar("ConfigT", bound=Words)
-VERB_OF: dict[type[Words], str] = {TrainConfig: "train", EvaluateConfig: "evaluate", SampleConfig: "sample"}
+VERB_OF: dict[type[Words], str] = {
+    TrainConfig: "train",
+    SFTConfig: "sft",
+    EvaluateConfig: "evaluate",
+    SampleConfig: "sample",
+}
 MAX_SENTENCES = 5
 
 
@@ -649,6 +743,11 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
             f"minibatch_size is {config.minibatch_size}, which does not divide batch_size {config.batch_size}; "
             f"give a divisor, such as {math.gcd(config.batch_size, config.minibatch_size)}."
         )
+    yield from _run_contradictions(config)
+
+
+def _run_contradictions(config: TrainConfig | SupervisedWords) -> Iterator[str]:
+    """The same of what all stages share."""
     if config.lora_r is not None and config.trainable_layers is not None:
         yield (
             f"lora_r is {config.lora_r} and trainable_layers {config.trainable_layers}, but training moves either "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from pairtune.data import PromptDataset, load_eval_prompts
 from pairtune.errors import PairtuneError
 from pairtune.experience import decode, sampling_params
 from pairtune.feedback.rewards import RewardSet, Scores, load_rewards
+from pairtune.maths.kl import best_of_n_kl
 from pairtune.maths.masking import masked_sum
 from pairtune.maths.statistics import Interval, bootstrap_mean, bootstrap_ratio, distinct_n_interval
 from pairtune.models.loading import (
@@ -35,6 +37,7 @@ from pairtune.models.logprobs import Scorer, can_share_prefix, causal_lm, diverg
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler, Sampler
 from pairtune.runs.display import evaluation_summary, make_console, progress
 from pairtune.runs.folder import write_atomic
+from pairtune.types import Completions
 
 EVALUATION_BATCH = 128
 """Completions sampled side by side; it changes the speed, not the tokens."""
@@ -60,7 +63,9 @@ def evaluate_policy(
     """
     num_prompts = num_evaluated(dataset, config)
     state = SimpleNamespace(global_step=step, max_steps=getattr(config, "max_steps", step))
-    per_batch = batch_size or max(1, EVALUATION_BATCH // config.eval_generations)
+    best_of_n = getattr(config, "best_of_n", 1)
+    num_drawn = config.eval_generations * best_of_n
+    per_batch = batch_size or max(1, EVALUATION_BATCH // num_drawn)
     columns: dict[str, list[Tensor]] = {}
     samples: list[dict[str, Any]] = []
     all_ids: list[Tensor] = []
@@ -68,10 +73,12 @@ def evaluate_policy(
         rows = list(range(start, min(start + per_batch, num_prompts)))
         prompts = dataset.batch(rows, device=policy.device)
         completions = sampler.generate(
-            prompts, config.eval_generations, sampling_params(config), seed=config.seed, stream=EVALUATION_STREAM
+            prompts, num_drawn, sampling_params(config), seed=config.seed, stream=EVALUATION_STREAM
         )
         texts = decode(policy.tokenizer, completions)
         scores = rewards.score(prompts, completions, texts, trainer_state=state, update_scale=False)
+        if best_of_n > 1:
+            completions, texts, scores = _best(completions, texts, scores, best_of_n)
         layout = policy.scorer.layout(completions)
         features = policy.scorer.features(layout)
         compared = divergence(
@@ -94,6 +101,10 @@ def evaluate_policy(
             "length": completions.num_tokens.float(),
             "truncated": completions.truncated.float(),
         }
+        if best_of_n > 1:
+            # The law of the best is no product over tokens: what the choice adds, and what the policy has drifted.
+            chosen = masked_sum(compared.policy_logprobs, mask, -1)
+            batch["kl"] = batch["kl_k1"] = best_of_n_kl(chosen, best_of_n) + batch["kl_k1"]
         for name, values in batch.items():
             columns.setdefault(name, []).append(values.float().cpu())
         width = config.max_completion_length
@@ -108,6 +119,19 @@ def evaluate_policy(
     return {**line, **{name: interval._asdict() for name, interval in intervals.items()}}, samples
 
 
+def _best(
+    completions: Completions, texts: list[list[str]], scores: Scores, n: int
+) -> tuple[Completions, list[list[str]], Scores]:
+    """Of every n completions the one of the largest reward, the first of equals."""
+    rewards = scores.raw_rewards.masked_fill(~scores.reward_mask, -torch.inf).unflatten(1, (-1, n))
+    chosen = rewards.argmax(-1) + n * torch.arange(rewards.shape[1], device=rewards.device)
+    picked = {name: getattr(scores, name).gather(1, chosen) for name in ("rewards", "raw_rewards", "reward_mask")}
+    kept = [[group[k] for k in row] for group, row in zip(texts, chosen.tolist(), strict=True)]
+    by_function = {name: values.gather(1, chosen) for name, values in scores.by_function.items()}
+    picked_scores = replace(scores, **picked, by_function=by_function)
+    return completions.pick(chosen.to(completions.completion_ids.device)), kept, picked_scores
+
+
 def num_evaluated(dataset: PromptDataset, config: Any) -> int:
     """How many of the held-out prompts an evaluation takes."""
     return min(len(dataset), config.num_eval_prompts or len(dataset))
@@ -118,7 +142,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on held-out prompts; prints a table, writes JSON where `output` says so, returns the line.
 
-    Without `ref_model` there is nothing to measure a KL to, and the metrics that need a reference are left out.
+    Without `ref_model` there is nothing to measure a KL to, and the metrics that need a reference are left out; but
+    best-of-n, a decoding that moves away from the model it samples, is measured to that model.
     Raises PairtuneError for everything that a user can mend.
     """
     if config.num_threads is not None:
@@ -133,7 +158,7 @@ def evaluate(
             policy, sampler, rewards, prompts, config, step=0, batch_size=config.batch_size, advance=advance
         )
     del line["step"]
-    if config.ref_model is None:
+    if config.ref_model is None and config.best_of_n == 1:
         line = {name: value for name, value in line.items() if not name.startswith(("kl", "ref_"))}
     make_console().print(evaluation_summary(line))
     if config.output is not None:

@@ -58,6 +58,17 @@ class Completions:
         """(P, K) int64, tokens of each completion, EOS included."""
         return self.completion_mask.sum(-1)
 
+    def pick(self, chosen: Tensor) -> Completions:
+        """Some of the completions of every prompt, at the same width. chosen: (P, k) int64, places in the group."""
+        tokens = chosen[..., None].expand(-1, -1, self.completion_ids.shape[-1])
+        return replace(
+            self,
+            completion_ids=self.completion_ids.gather(1, tokens),
+            completion_mask=self.completion_mask.gather(1, tokens),
+            sampler_logprobs=self.sampler_logprobs.gather(1, tokens),
+            truncated=self.truncated.gather(1, chosen),
+        )
+
     def select(self, prompts: Tensor) -> Completions:
         """The completions of some of the prompts, at the same width. prompts: (p,) int64."""
         return Completions(

@@ -1,6 +1,8 @@
-"""Sequence log-probabilities, the KL-shaped reward, estimators of KL(policy || reference) and entropy. All in nats."""
+"""Sequence log-probabilities, the KL-shaped reward, estimators of KL(policy || reference) and entropy. In nats."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -88,3 +90,25 @@ def rao_blackwellised_kl(policy_logprobs: Tensor, ref_logprobs: Tensor) -> Tenso
 def entropy(logprobs: Tensor) -> Tensor:
     """-sum_v p_v log p_v: (n, V) normalised log-probabilities -> (n,). Tokens at -inf add nothing."""
     return -(logprobs.exp() * torch.where(logprobs > -torch.inf, logprobs, 0)).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------- best of n
+
+
+def best_of_n_kl(logprobs: Tensor, n: int) -> Tensor:
+    """An estimate of KL(best of n || the law that sampled), from what was chosen: any shape -> the same shape.
+
+    `logprobs` are those of whole chosen completions under the law that the n were drawn from. With e = exp(logprob) and
+    q = 1 - (1 - e)^n, the chance that it is drawn at all: (1 - q) (log n + (n - 1) log(1 - e) - (n - 1) / n) +
+    q log(q / e) (Beirami et al. 2024, arXiv 2401.01879). For a completion that is never drawn twice it is the well
+    known log n - (n - 1) / n, which is only an upper bound; for one that is sure to be drawn it is 0. Raises ValueError
+    for an n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1, but it is {n}")
+    logprobs = logprobs.double().clamp(max=0)
+    missed = torch.log1p(-logprobs.exp())
+    drawn = -torch.expm1(n * missed)
+    rarely = math.log(n) + (n - 1) * missed - (n - 1) / n
+    seldom = torch.where(drawn < 1, (1 - drawn) * rarely, 0)
+    return torch.where(logprobs < 0, seldom + drawn * (drawn.log() - logprobs), 0)

@@ -32,6 +32,9 @@ Row = tuple[str, float | None, float | None, float | None]
 
 QUANTITIES = {
     "reward": ("reward", "{:.3f}"),
+    "loss": ("loss", "{:.3f}"),
+    "perplexity": ("perplexity", "{:.2f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
     "kl": ("KL", "{:.2f}"),
     "kl_k1": ("KL by k1", "{:.2f}"),
     "kl_per_token": ("KL/token", "{:.3f}"),
@@ -129,7 +132,8 @@ _active: Display | None = None  # so that `progress` inside a run becomes a phas
 class Display:
     """The display of a training run, as a context. Only the main process shows anything, and none if `quiet`.
 
-    `rewards` are those of earlier steps, where a run goes on. Call `begin` when the loop begins.
+    `headline` is the metric whose course is drawn: `reward`, or `loss` where a dataset is learned; `rewards` are its
+    values in earlier steps, where a run goes on. Call `begin` when the loop begins.
     """
 
     def __init__(
@@ -137,6 +141,7 @@ class Display:
         num_steps: int,
         *,
         max_minutes: float | None = None,
+        headline: str = "reward",
         rewards: Sequence[float | None] = (),
         quiet: bool = False,
         console: Console | None = None,
@@ -144,7 +149,8 @@ class Display:
     ) -> None:
         self.console = console or make_console()
         self._num_steps, self._step, self._max_minutes = num_steps, 0, max_minutes
-        self._rewards = [float(reward) for reward in rewards if reward is not None]
+        self._headline = headline
+        self._history = [float(value) for value in rewards if value is not None]
         self._clock = clock
         self._started = clock()
         self._silent = quiet or not distributed.is_main()
@@ -175,10 +181,10 @@ class Display:
     def begin(self, step: int = 0, elapsed: float = 0.0) -> None:
         """The loop begins after `step` steps that took `elapsed` seconds; from here `max_minutes` is counted.
 
-        A log may reach further than the checkpoint that a run goes on from, so later rewards are forgotten.
+        A log may reach further than the checkpoint that a run goes on from, so later values are forgotten.
         """
         self._step, self._started = step, self._clock() - elapsed
-        self._rewards = self._rewards[:step]
+        self._history = self._history[:step]
 
     @contextlib.contextmanager
     def phase(self, name: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
@@ -206,8 +212,8 @@ class Display:
         else:
             self._step_times.append(float(metrics.get("step_time") or now - self._started))
         self._last_step_at, self._step, self._metrics = now, step, dict(metrics)
-        if is_number(metrics.get("reward")):
-            self._rewards.append(float(metrics["reward"]))
+        if is_number(metrics.get(self._headline)):
+            self._history.append(float(metrics[self._headline]))
         if self._live is None and not self._silent:
             words = [f"step {step}/{self._num_steps}", *self._words(), f"{self._step_times[-1]:.1f} s", self._times()]
             self._plain("  ".join(words))
@@ -216,10 +222,12 @@ class Display:
         """Prints an evaluation as one line, above the live part."""
         self._held_out.append(evaluation)
         parts = [f"held-out, step {evaluation.get('step', '?')}"]
-        for name, unit in (("reward", ""), ("kl", " nats"), ("length", " tokens")):
+        units = {"kl": " nats", "length": " tokens"}
+        for name in ("reward", "kl", "length", "loss", "perplexity", "accuracy"):
             label, value, low, high = _row(name, evaluation.get(name))
             if value is not None:
-                parts.append(f"{'KL' if name == 'kl' else name} {_interval(label, value, low, high)}{unit}")
+                shown = f"{'KL' if name == 'kl' else name} {_interval(label, value, low, high)}{units.get(name, '')}"
+                parts.append(shown)
         self.message("  ".join(parts), style="bold")
 
     def message(self, text: str, style: str = "") -> None:
@@ -254,7 +262,11 @@ class Display:
         return gone if left is None else f"{gone}, about {duration(left)} left"
 
     def _words(self) -> list[str]:
+        # Where a reward is the headline, the loss is a number without a meaning of its own.
+        learned = () if self._headline == "reward" else (("loss", "loss {:.3f}"), ("perplexity", "perplexity {:.2f}"))
         shown = (
+            *learned,
+            ("accuracy", "accuracy {:.1%}"),
             ("reward", "reward {:.3f}"),
             ("kl", "KL {:.2f} nats"),
             ("completions/mean_length", "length {:.1f}"),
@@ -278,14 +290,14 @@ class Display:
         )
         grid.add_row(head)
         if words := self._words():
-            line = Text(words[0], style="bold green")
+            course = Text(words[0], style="bold green")
             if not self.console.options.ascii_only:
-                line.append(f"  {sparkline(self._rewards)}", style="green")
+                course.append(f"  {sparkline(self._history)}", style="green")
             if len(self._held_out) > 1:
-                values = [_row("reward", evaluation.get("reward"))[1] for evaluation in self._held_out]
+                values = [_row(self._headline, line.get(self._headline))[1] for line in self._held_out]
                 if values[0] is not None and values[-1] is not None:
-                    line.append(f"  held-out {values[0]:.3f} to {values[-1]:.3f}", style="bold")
-            grid.add_row(line)
+                    course.append(f"  held-out {values[0]:.3f} to {values[-1]:.3f}", style="bold")
+            grid.add_row(course)
             grid.add_row(Text("   ".join(words[1:])))
         work = list(self._work)
         if work:
