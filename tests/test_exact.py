@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from pairtune import PairtuneError, TrainConfig, train
 from pairtune.algorithms import ALGORITHMS, MethodState
@@ -238,6 +238,16 @@ def test_samples_follow_the_enumerated_law(kind: str) -> None:
     expected = logprobs.exp() * 1200
     chi_square = ((counts - expected) ** 2 / expected).sum(-1)
     assert (chi_square < 14 + 4 * math.sqrt(2 * 14)).all()  # 14 degrees of freedom, four standard deviations
+
+
+@torch.no_grad()
+def test_token_by_token_with_a_cache_and_no_positions() -> None:
+    model, cache = tabular_model(TASK, seed=3), DynamicCache()
+    ids = torch.tensor([[2, 1, 1, 2], [1, 2, 2, 0]])
+    whole = model(input_ids=ids).logits
+    parts = [model(input_ids=part, past_key_values=cache).logits for part in (ids[:, :2], ids[:, 2:3], ids[:, 3:])]
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert len(whole.flatten(0, 1).unique(dim=0)) == 7  # `b` alone and what follows EOS are no histories: zeros
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -551,6 +561,17 @@ def test_the_value_function_is_its_own_expectation() -> None:
                 rest = TASK.rewards[p, n] if after == TASK.sequences[n] else value_of[p, after]
                 expected += (logprob.exp() * (rest - BETA * (logprob - ref_logprob))).item()
             assert value_of[p, prefix].item() == pytest.approx(expected)
+
+
+def test_a_law_is_taken_at_the_temperature_that_samples() -> None:
+    """Logits at temperature 1/2 are those of a table twice as large, and move twice as fast with it."""
+    policy, reference, _ = models("tabular", SMALL)
+    cooled = gradient_law(config(temperature=0.5), SMALL, policy, reference)
+    for model in (policy, reference):
+        model.model.table.weight.data *= 2
+    larger = gradient_law(config(), SMALL, policy, reference)
+    torch.testing.assert_close(cooled.gradient, 2 * larger.gradient, rtol=0, atol=1e-12)
+    assert cooled.variance == pytest.approx(4 * larger.variance)
 
 
 @pytest.mark.parametrize(

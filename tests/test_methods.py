@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pairtune.config import METHODS, TrainConfig
+from pairtune.models.logprobs import Scorer
 from pairtune.stages import rl
 
 ONLINE = [name for name, method in METHODS.items() if not method.offline]
@@ -160,6 +161,29 @@ def test_the_adaptive_controller_moves_beta(run: Run) -> None:  # noqa: F811
     assert betas[1] == pytest.approx(0.1 * (1 - 0.2 * 8 / 50))
     assert betas[2] == pytest.approx(betas[1] * (1 + 0.2 * 8 / 50))
     assert "beta" not in lines(run(**words, overwrite=True))[0]
+
+
+def test_the_model_passes_of_more_completions_grow_like_their_number(
+    run: Run,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All pairs of a group are formed from K log-probabilities: 28 pairs of 8 completions cost 4 times the 1 of 2."""
+    tokens: list[int] = []
+    hidden = Scorer.hidden
+
+    def counting(scorer: Scorer, layout: Any, *rest: Any) -> Tensor:
+        tokens.append(int(layout.mask.sum()))
+        return hidden(scorer, layout, *rest)
+
+    monkeypatch.setattr(Scorer, "hidden", counting)
+    seen = {}
+    for num_generations in (2, 8):
+        tokens.clear()
+        words = {"max_steps": 1, "num_iterations": 3, "held_out": None, "dataset_test_split": None, "overwrite": True}
+        run(num_generations=num_generations, **words)
+        seen[num_generations] = list(tokens)
+    assert len(seen[2]) == len(seen[8]) == 1 + 3  # the reference once, the policy once a pass
+    assert sum(seen[8]) < 4.5 * sum(seen[2])
 
 
 # ------------------------------------------------------------------------------------------------------------- replay

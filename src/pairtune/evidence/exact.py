@@ -594,7 +594,8 @@ def value_function(task: EnumerableTask, policy: Any, reference: Any, beta: floa
     to_go = task.rewards[..., None] - beta * logratio.flip(-1).cumsum(-1).flip(-1)
     values = torch.zeros_like(to_go)
     for t in range(task.max_completion_length):
-        alike = (ids[:, None, :t] == ids[None, :, :t]).all(-1) & mask[:, None, t] & mask[None, :, t]
+        # (N, N): the two begin alike and go on. (One that has ended holds an EOS, which no other can share.)
+        alike = (ids[:, None, :t] == ids[None, :, :t]).all(-1) & mask[:, t]
         weights = alike * probs[:, None]
         values[..., t] = (weights @ to_go[..., t, None])[..., 0] / weights.sum(-1).clamp(min=1e-300)
     return values

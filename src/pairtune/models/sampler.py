@@ -142,7 +142,7 @@ class HFSampler:
         mask = F.pad(prompt_mask, (0, max_length), value=True).repeat_interleave(num_generations, 0)
         width = prompt_mask.shape[1]
 
-        # The prompts' pass too: with so many rows packed products are as fast as plain ones, and its head sees few rows.
+        # The prompts' pass too: packed products of many rows are as fast as plain ones, and its head sees few rows.
         packed = packed_linears(self.model, num_rows=num_rows, num_steps=max_length)
         with torch.no_grad(), _evaluating(self.model), packed:
             cache = preallocated_cache(self.model.config, room=min(max_length, ROOM))
