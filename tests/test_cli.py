@@ -14,7 +14,7 @@ import yaml
 
 import pairtune
 from pairtune.cli import DEMO_CONFIG, VERBS, main
-from pairtune.config import EvaluateConfig, SampleConfig, TrainConfig, config_to_yaml, keys_of, load_config
+from pairtune.config import EvaluateConfig, SampleConfig, SFTConfig, TrainConfig, config_to_yaml, keys_of, load_config
 
 NEEDED = ["--model", "m", "--dataset", "d", "--reward_funcs", "a.b"]
 SOURCE = Path(pairtune.__file__).parents[1]
@@ -109,6 +109,15 @@ def test_demo_has_a_configuration_of_its_own(calls: Any) -> None:
     assert config.output_dir == "runs/demo"
 
 
+def test_sft_reads_a_file_and_flags_win(calls: Any, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("model: m\ndataset: d\nlearning_rate: 3e-5\nnum_epochs: 2\n")
+    assert main(["sft", "--config", str(path), "--completion_column", "chosen", "--num_epochs", "0.5"]) == 0
+    config = SFTConfig(model="m", dataset="d", learning_rate=3e-5, num_epochs=0.5, completion_column="chosen")
+    assert calls == [("sft", (config,), {})]
+    assert (config.output_dir, config.batch_size, config.warmup_steps) == ("runs/sft", 32, None)
+
+
 def test_evaluate_sample_and_report(calls: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", *NEEDED, "--top_p", "0.9", "--ref_model", "r"]) == 0
     assert main(["sample", "runs/demo", "--prompt", "Hi - you"]) == 0
@@ -155,12 +164,15 @@ def test_resume_takes_the_configuration_of_the_run(calls: Any, tmp_path: Path) -
 
 def test_resume_looks_in_the_default_folder(calls: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("runs/sft").mkdir(parents=True)
+    Path("runs/sft/config.yaml").write_text(config_to_yaml(SFTConfig(model="sft", dataset="d")))
+    assert main(["sft", "--resume"]) == 0
     for folder, verb in (("runs/train", "train"), ("runs/demo", "demo")):
         Path(folder).mkdir(parents=True)
         config = TrainConfig(model=verb, dataset="d", reward_funcs=["a.b"], output_dir=folder)
         Path(folder, "config.yaml").write_text(config_to_yaml(config))
         assert main([verb, "--resume"]) == 0
-    assert [config.model for _, (config,), _ in calls] == ["train", "demo"]
+    assert [config.model for _, (config,), _ in calls] == ["sft", "train", "demo"]
 
 
 def test_resume_with_a_file_takes_the_file(calls: Any, tmp_path: Path) -> None:
@@ -191,8 +203,8 @@ def test_nothing_to_resume(calls: Any, capsys: pytest.CaptureFixture[str], tmp_p
     "argv, sentence",
     [
         (["trian"], '"trian" is not a verb of pairtune; the nearest is train.'),
-        (["xyz"], '"xyz" is not a verb of pairtune; there are train, evaluate, sample, demo, report.'),
-        (["--verbose"], "--verbose stands where a verb should; there are train, evaluate, sample, demo, report."),
+        (["xyz"], '"xyz" is not a verb of pairtune; there are sft, train, evaluate, sample, demo, report.'),
+        (["--verbose"], "--verbose stands where a verb should; there are sft, train, evaluate, sample, demo, report."),
         (["-x", "train"], "-x is not a flag of `pairtune`; `pairtune --help` shows what is expected."),
         (["train", *NEEDED, "--epsilonn", "3"], "--epsilonn is not a known setting; the nearest is --epsilon."),
         (["train", *NEEDED, "--epsil", "3"], "--epsil is not a known setting; the nearest is --epsilon."),
@@ -223,6 +235,10 @@ def test_nothing_to_resume(calls: Any, capsys: pytest.CaptureFixture[str], tmp_p
             ["train", "--model", "m", "--dataset", "d"],
             "reward_funcs is missing; "
             "give --reward_funcs with package.module.function, path/to/file.py:function or a reward model.",
+        ),
+        (
+            ["sft", "--model", "m", "--dataset", "d", "--beta", "1"],
+            "--beta is a setting of `pairtune train`, which `pairtune sft` does not have; leave it out.",
         ),
         (["report"], "the following arguments are required: RUN; `pairtune report --help` shows what is expected."),
         (
@@ -282,7 +298,13 @@ def test_print_config_is_a_configuration(
     assert asked == read_back
 
 
-CLASSES = {"train": TrainConfig, "demo": TrainConfig, "evaluate": EvaluateConfig, "sample": SampleConfig}
+CLASSES = {
+    "sft": SFTConfig,
+    "train": TrainConfig,
+    "demo": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "sample": SampleConfig,
+}
 
 
 @pytest.mark.parametrize("verb", CLASSES)
@@ -311,6 +333,8 @@ def test_help_shows_defaults_and_those_of_the_demo(capsys: pytest.CaptureFixture
         shown[verb] = " ".join(capsys.readouterr().out.split())
     assert "Tokens of a completion at most, end-of-sequence token included. [default: 256]" in shown["train"]
     assert "--p3o.clip joint|separate|none" in shown["train"]
+    assert "--algorithm NAME" in shown["train"]
+    assert "[default: p3o] One of: p3o, ppo, vpg," in shown["train"]  # too many to stand beside the flag
     assert "[default: runs/train]" in shown["train"]
     assert "[default: runs/demo]" in shown["demo"]
     assert "[default: 256]" not in shown["demo"]

@@ -17,6 +17,7 @@ from pairtune.config import (
     EvaluateConfig,
     P3OConfig,
     SampleConfig,
+    SFTConfig,
     TrainConfig,
     Words,
     allowed,
@@ -27,6 +28,7 @@ from pairtune.config import (
     kinds_of,
     load_config,
     nearest_key,
+    supervised_warnings,
     warnings_for,
 )
 from pairtune.errors import PairtuneError
@@ -34,6 +36,7 @@ from pairtune.errors import PairtuneError
 ROOT = Path(__file__).parents[1]
 REQUIRED: dict[type[Words], dict[str, Any]] = {
     TrainConfig: {"model": "m", "dataset": "d", "reward_funcs": ["a.b"]},
+    SFTConfig: {"model": "m", "dataset": "d"},
     EvaluateConfig: {"model": "m", "dataset": "d", "reward_funcs": ["a.b"]},
     SampleConfig: {"model": "m"},
 }
@@ -133,6 +136,14 @@ OUT_OF_RANGE = [
     ("report_to", ["mlflow"], "a list of tensorboard, wandb or trackio"),
     ("num_completions_to_log", -1, "a whole number >= 0"),
 ]
+SFT_OUT_OF_RANGE = [
+    ("max_length", 0, "a whole number > 0"),
+    ("num_eval_examples", 0, "a whole number > 0 or null"),
+    ("num_epochs", 0, "a number > 0"),
+    ("max_steps", 0, "a whole number > 0 or null"),
+    ("warmup_steps", -1, "a whole number >= 0 or null"),
+]
+"""What `train` lacks, or takes otherwise."""
 
 
 @pytest.mark.parametrize("key, value, takes", OUT_OF_RANGE)
@@ -142,12 +153,24 @@ def test_a_value_out_of_range_is_refused(key: str, value: Any, takes: str) -> No
     assert refusal(**{key: value}) == f"{key} must be {takes}, not {shown}."
 
 
-def test_every_bounded_field_has_a_case_out_of_range() -> None:
+@pytest.mark.parametrize("key, value, takes", SFT_OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_by_sft(key: str, value: Any, takes: str) -> None:
+    with pytest.raises(PairtuneError) as caught:
+        SFTConfig(**REQUIRED[SFTConfig] | {key: value})
+    assert one_sentence(caught.value) == f"{key} must be {takes}, not {value}."
+
+
+def bounded(cls: type[Words]) -> dict[str, str]:
+    """The fields that do not take everything of their type, and what they take."""
     unbounded = {"a text", "a text or null", "true or false", "a list of numbers or null", "a text or a list of texts"}
-    bounded = {
-        key for key, field in keys_of(TrainConfig).items() if allowed(field.annotation, field.metadata) not in unbounded
-    }
-    assert bounded == {key for key, _, _ in OUT_OF_RANGE}
+    taken = {key: allowed(field.annotation, field.metadata) for key, field in keys_of(cls).items()}
+    return {key: takes for key, takes in taken.items() if takes not in unbounded}
+
+
+def test_every_bounded_field_has_a_case_out_of_range() -> None:
+    assert set(bounded(TrainConfig)) == {key for key, _, _ in OUT_OF_RANGE}
+    others = {key for key, takes in bounded(SFTConfig).items() if bounded(TrainConfig).get(key) != takes}
+    assert others == {key for key, _, _ in SFT_OUT_OF_RANGE}
 
 
 def wrong_types(cls: type[Words]) -> list[Any]:
@@ -193,7 +216,7 @@ def test_missing_fields_are_named(cls: type[Words], tmp_path: Path) -> None:
     with pytest.raises(PairtuneError) as caught:
         load_config(cls)
     assert str(caught.value).splitlines()[0] == "model is missing; give --model, or --config with a file that has it."
-    path = write(tmp_path, "temperature: 1.0\n")
+    path = write(tmp_path, "seed: 1\n")
     with pytest.raises(PairtuneError) as caught:
         load_config(cls, path)
     assert str(caught.value).splitlines()[0] == f"model is missing; add a line `model: ...` to {path}, or give --model."
@@ -255,6 +278,13 @@ def test_the_edges_are_allowed(values: dict[str, Any]) -> None:
     train_config(**values)
 
 
+def test_sft_refuses_the_same_of_what_it_shares() -> None:
+    for values in ({"lora_r": 8, "trainable_layers": 2}, {"resume": True, "overwrite": True}):
+        with pytest.raises(PairtuneError) as caught:
+            SFTConfig(**REQUIRED[SFTConfig] | values)
+        assert one_sentence(caught.value) == refusal(**values)
+
+
 def test_all_contradictions_are_said_at_once() -> None:
     with pytest.raises(PairtuneError) as caught:
         train_config(num_generations=1, lora_r=8, trainable_layers=2)
@@ -304,9 +334,18 @@ def test_nearest_key(key: str, nearest: str | None) -> None:
     assert nearest_key(key, list(keys_of(TrainConfig))) == nearest
 
 
+def test_one_foreign_word_may_mean_different_things_to_different_verbs() -> None:
+    for word, of_train, of_sft in [
+        ("num_train_epochs", "max_steps", "num_epochs"),
+        ("dataset_text_field", "prompt_column", "text_column"),
+    ]:
+        assert nearest_key(word, list(keys_of(TrainConfig))) == of_train
+        assert nearest_key(word, list(keys_of(SFTConfig))) == of_sft
+
+
 def test_every_foreign_word_leads_to_a_key_and_is_none_itself() -> None:
     ours = {key for cls in CONFIGS for key in keys_of(cls)}
-    assert set(FOREIGN_WORDS.values()) <= ours
+    assert {word for words in FOREIGN_WORDS.values() for word in words} <= ours
     assert not set(FOREIGN_WORDS) & ours
 
 
@@ -533,11 +572,11 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "epsilon": 1 / 3,
     "num_generations": 4,
     "num_iterations": 2,
-    "batch_size": 32,
+    "batch_size": 48,
     "minibatch_size": 16,
-    "micro_batch_size": 8,
+    "micro_batch_size": 4,
     "learning_rate": 3e-7,
-    "lr_scheduler_type": "cosine",
+    "lr_scheduler_type": "linear",
     "warmup_steps": 5,
     "weight_decay": 0.1,
     "adam_beta1": 0.8,
@@ -550,6 +589,12 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "gradient_checkpointing": True,
     "num_eval_prompts": 64,
     "eval_generations": 2,
+    "completion_column": "chosen",
+    "messages_column": "conversations",
+    "text_column": "content",
+    "max_length": 300,
+    "num_eval_examples": 10,
+    "num_epochs": 2.5,
     "max_steps": 1000,
     "max_minutes": 0.5,
     "eval_steps": 0,
@@ -598,7 +643,10 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "trainable_layers": 2,
     "overwrite": True,
 }
-REFUSED_TOGETHER = {TrainConfig: {"top_p", "top_k", "trainable_layers", "overwrite", "algorithm"}}
+REFUSED_TOGETHER = {
+    TrainConfig: {"top_p", "top_k", "trainable_layers", "overwrite", "algorithm"},
+    SFTConfig: {"trainable_layers", "overwrite"},
+}
 
 
 @pytest.mark.parametrize("cls", CONFIGS)
@@ -654,6 +702,19 @@ def test_what_does_nothing_is_warned_of(values: dict[str, Any], parts: list[str]
     one_sentence(PairtuneError(sentence))
     for part in parts:
         assert part in sentence
+
+
+def test_what_does_nothing_is_warned_of_in_sft_too() -> None:
+    def sentences(**values: Any) -> list[str]:
+        return supervised_warnings(SFTConfig(**REQUIRED[SFTConfig] | values), 20)
+
+    [sentence] = sentences(warmup_steps=20)
+    assert "the run has only 20 updates" in one_sentence(PairtuneError(sentence))
+    [sentence] = sentences(warmup_steps=3, lr_scheduler_type="constant")
+    assert "warmup_steps is 3" in one_sentence(PairtuneError(sentence))
+    [sentence] = sentences(eval_dataset="d", dataset_test_split=None)
+    assert 'eval_dataset is "d"' in one_sentence(PairtuneError(sentence))
+    assert sentences() == sentences(warmup_steps=19) == sentences(lr_scheduler_type="constant") == []
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,30 @@ def test_two_processes_train_what_one_trains(together: Any, scale: str) -> None:
     assert others == samples  # the first ones of the batch, which are the main process's
 
 
+METHODS: dict[str, dict[str, Any]] = {
+    "ppo": {"ppo.target_kl": 0.01, "ppo.kl_horizon": 50},
+    "reinforce": {},
+    "grpo": {},
+    "online_dpo": {"online_dpo.labels": "sampled", "replay": 1},
+}
+
+
+@pytest.mark.parametrize("algorithm", METHODS)
+def test_whatever_a_method_counts_or_carries_is_of_all_processes(together: Any, algorithm: str) -> None:
+    """Whitening, the moving average, the controller's KL, drawn labels, replayed batches: also when the run goes on."""
+    one = together(1, "one", algorithm=algorithm, **METHODS[algorithm])
+    two = together(2, "two", algorithm=algorithm, micro_batch_size=1, **METHODS[algorithm])
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-9)
+        assert torch.equal(weights(two, rank=1)[name], weights(two)[name])
+    parts = together(2, "parts", kill_at="1 of rank 1", algorithm=algorithm, **METHODS[algorithm])
+    together(2, "parts", resume=True, algorithm=algorithm, **METHODS[algorithm])
+    whole = together(2, "whole", algorithm=algorithm, **METHODS[algorithm])
+    for rank in (0, 1):
+        for name, tensor in weights(whole, rank).items():
+            assert torch.equal(weights(parts, rank)[name], tensor)
+
+
 def close(line: dict[str, Any]) -> Any:
     """Equal up to the last digits of float32, in which the sampler computes."""
     return {

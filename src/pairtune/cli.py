@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from pairtune.config import Words
 
+LONGEST_METAVAR = 60
+"""Characters of a flag's choices beside its name; more of them stand in its help."""
+
 DEMO_CONFIG = Path(__file__).with_name("demo") / "demo.yaml"
 
 
@@ -246,8 +249,13 @@ def _add_settings(parser: argparse.ArgumentParser, verb: Verb) -> None:
         for key, field in fields.items():
             required = field.is_required() and key not in defaults
             default = "required" if required else f"default: {_shown(defaults.get(key, field.default))}"
-            text = f"{' '.join((field.description or '').split())} [{default}]".replace("%", "%%")
-            group.add_argument(f"--{key}", dest=key, default=argparse.SUPPRESS, help=text, **_shape(field))
+            text = f"{' '.join((field.description or '').split())} [{default}]"
+            shape = _shape(field)
+            if len(shape["metavar"]) > LONGEST_METAVAR:  # argparse never breaks one over two lines
+                text += f" One of: {shape['metavar'].replace('|', ', ')}."
+                shape["metavar"] = "NAME"
+            text = text.replace("%", "%%")
+            group.add_argument(f"--{key}", dest=key, default=argparse.SUPPRESS, help=text, **shape)
 
 
 def _shape(field: FieldInfo) -> dict[str, Any]:

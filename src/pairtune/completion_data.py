@@ -1,4 +1,5 @@
-"""Datasets that already hold completions: preferences and scored completions, as token ids in padded groups.
+"""Datasets that already hold completions: preferences and scored completions, as token ids in padded groups; and
+examples to imitate, as token ids of which some are learned.
 
 What is tokenised here once is what sampling would have produced: the prompt's ids are those of `RawPrompts.encode`, a
 completion's ids follow them and end with EOS, or without it where the length cap cuts.
@@ -39,14 +40,20 @@ from pairtune.types import Completions, Prompt, Prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pairtune.config import TrainConfig
+    from pairtune.config import SFTConfig, TrainConfig
 
 IDENTICAL = "chosen and rejected are identical"
 DIFFERENT_EARLIER = "chosen and rejected differ before the assistant's last turn"
 EMPTY = "a completion is empty"
 NOT_ONE_TURN = "a completion is not one turn of the assistant"
 TOO_FEW = "fewer than two scored completions"
+NO_PROMPT = "there is no prompt before the completion"
+EMPTY_TEXT = "a text is empty"
+NO_TURN = "no turn of the assistant has text and something before it"
 """Why something of a dataset is left out."""
+
+UNCUT = 2**62
+"""A length cap that cuts nothing."""
 
 MARK = "pairtune-answer"
 """Stands for an answer where a chat template is asked what it writes around one."""
@@ -89,12 +96,7 @@ def encode_completions(
     Raises PairtuneError if the tokenizer has no EOS token, if the template leaves out what the assistant says, and for
     whatever `RawPrompts.encode` refuses.
     """
-    eos_token_id = tokenizer.eos_token_id
-    if not isinstance(eos_token_id, int):
-        raise PairtuneError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so no completion could end: "
-            "set its eos_token and save it."
-        )
+    eos_token_id = eos_of(tokenizer)
     prompt_format = raw.format(
         tokenizer, chat=chat, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs
     )
@@ -114,6 +116,17 @@ def encode_completions(
         _ended(ids, end_ids, eos_token_id, max_completion_length) for ids in _ids_behind(prompt_format, openings, texts)
     )
     return [[next(encoded) for _ in group] for group in completions]
+
+
+def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's EOS token; raises PairtuneError if it has none."""
+    eos_token_id = tokenizer.eos_token_id
+    if not isinstance(eos_token_id, int):
+        raise PairtuneError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no EOS token, so no completion could end: "
+            "set its eos_token and save it."
+        )
+    return eos_token_id
 
 
 def _around_answer(prompt_format: PromptFormat, prompt: Prompt, place: str) -> tuple[str, str]:
@@ -357,7 +370,7 @@ class _Group:
     rewards: list[float]
 
 
-def _training_rows(config: TrainConfig, dataset: Any) -> tuple[list[Row], str]:
+def _training_rows(config: TrainConfig | SFTConfig, dataset: Any) -> tuple[list[Row], str]:
     source = config.dataset if dataset is None else dataset
     variant = config.dataset_config if dataset is None else None
     return load_dataset_rows(source, split=config.dataset_train_split, config=variant), dataset_name(source)
@@ -456,3 +469,247 @@ def _told(left_out: Counter[tuple[str, str]]) -> list[str]:
 
 def _counted(count: int, unit: str) -> str:
     return f"{count} {unit}{'' if count == 1 else 's'}"
+
+
+# Examples to imitate.
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence of token ids, some of which are learned."""
+
+    ids: list[int]
+    """What the model reads, up to the last token that is learned."""
+    learned: list[int]
+    """Places in `ids` of the tokens to predict, ascending; never 0, for nothing stands before the first token."""
+
+
+@dataclass(frozen=True)
+class ExampleDataset:
+    """Tokenised examples."""
+
+    examples: list[Example]
+    notes: list[str]
+    """What of the dataset is not used and why, for the user to read."""
+    name: str
+    """What error messages call it."""
+
+
+def load_examples(
+    config: SFTConfig, tokenizer: PreTrainedTokenizerBase, *, train_dataset: Any = None, eval_dataset: Any = None
+) -> tuple[ExampleDataset, ExampleDataset | None]:
+    """The examples to learn and the held-out ones, tokenised; the second is None where `dataset_test_split` is null.
+
+    Datasets passed in take the place of the configuration's; see `load_dataset_rows` for what they may be. In what
+    form they are is told by the columns that they have, in this order:
+
+    `completion_column`  a completion of the prompt in `prompt_column`, both as `load_preferences` takes them. Without
+                         that column the prompt is read from the completion, where it is a whole conversation or a
+                         dialogue in the markup of the HH datasets, or from what `chosen` and `rejected` share.
+    `messages_column`    a conversation, every turn of the assistant is learned, with the token that ends it
+    `text_column`        plain text, learned from its second token on, with EOS behind it
+
+    Raises PairtuneError for whatever is wrong with the data, and if nothing is left to learn.
+    """
+    train = encode_examples(*_training_rows(config, train_dataset), config, tokenizer)
+    held_out = held_out_rows(config, train_dataset=train_dataset, eval_dataset=eval_dataset)
+    return train, None if held_out is None else encode_examples(*held_out, config, tokenizer)
+
+
+def held_out_rows(
+    config: SFTConfig, *, train_dataset: Any = None, eval_dataset: Any = None
+) -> tuple[list[Row], str] | None:
+    """The held-out rows and what to call them; None where `dataset_test_split` is null and no dataset is passed in.
+
+    Rows without named splits are all held out if their dataset was named for this purpose.
+    """
+    separate = config.eval_dataset if eval_dataset is None else eval_dataset
+    if eval_dataset is None and config.dataset_test_split is None:
+        return None
+    split = config.dataset_test_split or "test"
+    if separate is not None:
+        variant = config.dataset_config if eval_dataset is None else None
+        return load_dataset_rows(separate, split=split, config=variant, only_split=split), dataset_name(separate)
+    source = config.dataset if train_dataset is None else train_dataset
+    variant = config.dataset_config if train_dataset is None else None
+    return load_dataset_rows(source, split=split, config=variant), dataset_name(source)
+
+
+def encode_examples(
+    rows: list[Row], name: str, config: SFTConfig, tokenizer: PreTrainedTokenizerBase
+) -> ExampleDataset:
+    """Rows as examples; see `load_examples`. Each row is one, but a conversation may become several: see `_joined`.
+
+    Left out, counted and told in `notes`: what is empty, what is not one turn of the assistant, prompts longer than
+    max_prompt_length, and what has nothing to learn within max_length.
+    """
+    column_names = columns_of(rows)
+    left_out: Counter[tuple[str, str]] = Counter()
+    if config.completion_column in column_names:
+        answers = _answers(rows, name, config, left_out)
+        examples = _behind_prompts(answers, name, config, tokenizer, left_out)
+    elif config.messages_column in column_names:
+        turns = _assistant_turns(rows, name, config, left_out)
+        examples = _joined(turns, name, config, tokenizer)
+    elif config.text_column in column_names:
+        examples = _texts(rows, name, config, tokenizer, left_out)
+    else:
+        mend = f"examples are in `{config.completion_column}`, `{config.messages_column}` or `{config.text_column}`."
+        raise missing_column(config.completion_column, rows, name, mend)
+
+    fitting = [example for example in examples if example.learned and example.learned[0] < config.max_length]
+    if len(fitting) < len(examples):
+        reason = f"nothing to learn stands within max_length={config.max_length} tokens"
+        left_out["example", reason] = len(examples) - len(fitting)
+    notes = _told(left_out)
+    if not fitting:
+        raise PairtuneError(f"nothing is left of {name} to learn from: {'; '.join(notes)}.")
+    if num_cut := sum(len(example.ids) > config.max_length for example in fitting):
+        notes.append(f"{_counted(num_cut, 'example')} cut at max_length={config.max_length}")
+    kept = [_cut(example, config.max_length) for example in fitting]
+    return ExampleDataset(kept, notes, name)
+
+
+def _cut(example: Example, max_length: int) -> Example:
+    learned = [place for place in example.learned if place < max_length]
+    return Example(example.ids[: learned[-1] + 1], learned)
+
+
+def _answers(rows: list[Row], name: str, config: SFTConfig, left_out: Counter[tuple[str, str]]) -> list[_Group]:
+    """The rows that have a prompt and a completion."""
+    explicit = config.prompt_column in columns_of(rows)
+    groups = []
+    for number, row in enumerate(rows):
+        place = f"row {number} of {name}"
+        if explicit:
+            prompt = checked_prompt(row.get(config.prompt_column), place)
+            answer = _answer(row.get(config.completion_column), prompt, f"{place}: `{config.completion_column}`")
+        else:
+            prompt, answer = _implicit(row, rows, name, place, config)
+        if not prompt:
+            left_out["row", NO_PROMPT] += 1
+        elif answer is None:
+            left_out["row", NOT_ONE_TURN] += 1
+        elif not answer.strip():
+            left_out["row", EMPTY] += 1
+        else:
+            groups.append(_Group(prompt, number, row, [answer], []))
+    return groups
+
+
+def _implicit(row: Row, rows: list[Row], name: str, place: str, config: SFTConfig) -> tuple[Prompt, str | None]:
+    """The prompt and the answer of a completion that holds both; an empty prompt where there is none, and None for an
+    answer that is not the assistant's."""
+    value = row.get(config.completion_column)
+    if isinstance(value, list):
+        check_turns(value, place)
+        spoken = bool(value) and value[-1]["role"] == "assistant"
+        return value[:-1], value[-1]["content"] if spoken else None
+    if not isinstance(value, str):
+        what = f"{place}: `{config.completion_column}` is {_described(value)}"
+        raise PairtuneError(f"{what}; it must be a string or a list of role/content turns.")
+    prompt = dialogue_prompt(value)
+    if prompt is None:
+        prompts_are_implicit(rows, config.prompt_column, name)  # refuses what is no preference dataset either
+        identical = row.get("chosen") == row.get("rejected")
+        prompt = "" if identical or not value else str(shared_prompt(row, place))
+    return prompt, value[len(prompt) :]
+
+
+def _behind_prompts(
+    groups: list[_Group],
+    name: str,
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    left_out: Counter[tuple[str, str]],
+) -> list[Example]:
+    """Each completion behind its prompt, the completion learned."""
+    examples = []
+    for _, prompt_ids, completion_ids in _encoded_answers(groups, name, config, tokenizer):
+        if len(prompt_ids) > config.max_prompt_length:
+            left_out["row", f"its prompt is longer than max_prompt_length={config.max_prompt_length} tokens"] += 1
+        else:
+            ends = len(prompt_ids), len(prompt_ids) + len(completion_ids)
+            examples.append(Example(prompt_ids + completion_ids, list(range(*ends))))
+    return examples
+
+
+def _assistant_turns(rows: list[Row], name: str, config: SFTConfig, left_out: Counter[tuple[str, str]]) -> list[_Group]:
+    """Every turn of the assistant behind all that precedes it."""
+    groups = []
+    for number, row in enumerate(rows):
+        place, turns = f"row {number} of {name}", row.get(config.messages_column)
+        if not isinstance(turns, list):
+            what = f"{place}: `{config.messages_column}` is {_described(turns)}"
+            raise PairtuneError(f"{what}; it must be a list of role/content turns.")
+        check_turns(turns, place)
+        spoken = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
+        # A turn with nothing before it stays what others are read behind: sampling cannot begin from nothing.
+        usable = [k for k in spoken if k > 0 and turns[k]["content"].strip()]
+        groups += [_Group(turns[:k], number, row, [turns[k]["content"]], []) for k in usable]
+        if not usable:
+            left_out["conversation", NO_TURN] += 1
+        elif len(usable) < len(spoken):
+            left_out["turn", "it is empty, or the first of its conversation"] += len(spoken) - len(usable)
+    return groups
+
+
+def _joined(groups: list[_Group], name: str, config: SFTConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The turns of each conversation as one example, each behind the very ids that sampling would start from.
+
+    Where a template writes an earlier turn otherwise once another follows (some leave out its thought), no one sequence
+    is right for both turns: the later one begins an example of its own.
+    """
+    examples: list[Example] = []
+    last_number = -1
+    for group, prompt_ids, completion_ids in _encoded_answers(groups, name, config, tokenizer):
+        learned = list(range(len(prompt_ids), len(prompt_ids) + len(completion_ids)))
+        if group.number == last_number and prompt_ids[: len(examples[-1].ids)] == examples[-1].ids:
+            learned = examples.pop().learned + learned
+        examples.append(Example(prompt_ids + completion_ids, learned))
+        last_number = group.number
+    return examples
+
+
+def _encoded_answers(
+    groups: list[_Group], name: str, config: SFTConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[_Group, list[int], list[int]]]:
+    """Each group with the ids of its prompt and of its one completion, neither of them cut."""
+    if not groups:
+        return []
+    raw = _raw(groups, [], name)
+    settings: dict[str, Any] = {"chat": config.chat, "system_prompt": config.system_prompt}
+    prompts = raw.encode(tokenizer, max_prompt_length=UNCUT, **settings)
+    completions = encode_completions(
+        raw, [group.completions for group in groups], tokenizer, max_completion_length=UNCUT, **settings
+    )
+    return [
+        (group, ids, completion.ids)
+        for group, ids, (completion,) in zip(groups, prompts.token_ids, completions, strict=True)
+    ]
+
+
+def _texts(
+    rows: list[Row],
+    name: str,
+    config: SFTConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    left_out: Counter[tuple[str, str]],
+) -> list[Example]:
+    """Plain texts with EOS behind each, all but the first token learned."""
+    texts: list[str] = []
+    for number, row in enumerate(rows):
+        text = row.get(config.text_column)
+        if not isinstance(text, str):
+            what = f"row {number} of {name}: `{config.text_column}` is {_described(text)}"
+            raise PairtuneError(f"{what}; it must be a string.")
+        if text.strip():
+            texts.append(text)
+        else:
+            left_out["row", EMPTY_TEXT] += 1
+    if not texts:
+        return []
+    eos_token_id = eos_of(tokenizer)
+    encoded = RawPrompts(prompts=list(texts), columns={}, name=name).format(tokenizer, chat="never").token_ids(texts)
+    ended = [ids if ids[-1:] == [eos_token_id] else [*ids, eos_token_id] for ids in encoded]
+    return [Example(ids, list(range(1, len(ids)))) for ids in ended]

@@ -89,8 +89,10 @@ WORDS_ELSEWHERE: dict[str, str] = {
     "replay": "replay_buffer_size",
     "learning_rate": "lr",
     "lora_r": "lora_rank use_peft",
-    "max_completion_length": "max_length max_new_tokens response_length",
-    "max_steps": "num_epochs num_train_epochs total_episodes",
+    "max_completion_length": "max_new_tokens response_length",
+    "max_length": "max_seq_length",
+    "num_epochs": "num_train_epochs",
+    "max_steps": "num_train_epochs total_episodes",
     "micro_batch_size": "gradient_accumulation_steps local_rollout_forward_batch_size",
     "minibatch_size": "mini_batch_size num_mini_batches",
     "missing_eos_penalty": "non_eos_penalty",
@@ -100,6 +102,7 @@ WORDS_ELSEWHERE: dict[str, str] = {
     "num_iterations": "num_ppo_epochs p3o_epochs ppo_epochs",
     "overwrite": "overwrite_output_dir",
     "p3o.max_ratio": "cliprange_ratio",
+    "text_column": "dataset_text_field",
     "prompt_column": "dataset_text_field input_key",
     "ref_model": "ref_model_name_or_path",
     "resume": "resume_from_checkpoint",
@@ -108,9 +111,13 @@ WORDS_ELSEWHERE: dict[str, str] = {
     "trainable_layers": "num_layers_unfrozen",
     "warmup_steps": "warmup_ratio",
 }
-"""Our word -> what trl, transformers and trlX call the nearest thing. Never accepted, only named in an error."""
+"""Our word -> what trl, transformers and trlX call the nearest thing. Never accepted, only named in an error. Of several
+of ours for one of theirs, the first that a verb has is meant."""
 
-FOREIGN_WORDS = {word: ours for ours, words in WORDS_ELSEWHERE.items() for word in words.split()}
+FOREIGN_WORDS: dict[str, list[str]] = {}
+for _ours, _theirs in WORDS_ELSEWHERE.items():
+    for _word in _theirs.split():
+        FOREIGN_WORDS.setdefault(_word, []).append(_ours)
 
 
 class Allowed(NamedTuple):
@@ -635,7 +642,7 @@ class SupervisedWords(SupervisedOptimizerWords):
 class SFTConfig(ModelWords, PromptWords, TrainPromptWords, ChatWords, SupervisedWords):
     """Everything `pairtune sft` can be told."""
 
-    topic = "data"
+    topic = "prompts"
 
     model: Annotated[str, Field(min_length=1)]
     """The model to fine-tune: a hub id, a local folder, a run folder (its newest checkpoint), or
@@ -785,22 +792,32 @@ def warnings_for(config: TrainConfig) -> list[str]:
             "scale_rewards is running, which breaks the invariance to a reward shift per prompt and changes what beta "
             "means; set it to none to keep both."
         )
+    return warnings + list(_shared_warnings(config, config.max_steps * config.updates_per_step))
+
+
+def supervised_warnings(config: SupervisedWords, num_updates: int) -> list[str]:
+    """The same for a run of `num_updates` on a fixed dataset."""
+    return list(_shared_warnings(config, num_updates))
+
+
+def _shared_warnings(config: TrainConfig | SupervisedWords, num_updates: int) -> Iterator[str]:
+    """The same of what all stages share."""
     if config.lr_scheduler_type == "constant" and config.warmup_steps:
-        warnings.append(
+        yield (
             f"warmup_steps is {config.warmup_steps}, but does nothing with lr_scheduler_type constant; "
             "set that to constant_with_warmup."
         )
-    elif config.warmup_steps >= (updates := config.max_steps * config.updates_per_step):
-        warnings.append(
-            f"warmup_steps is {config.warmup_steps}, but the run has only {updates} updates, so the learning rate "
+    elif config.warmup_steps is not None and config.warmup_steps >= num_updates:
+        yield (
+            f"warmup_steps is {config.warmup_steps}, but the run has only {num_updates} updates, so the learning rate "
             "never reaches its full value; set warmup_steps lower (it counts updates, not steps)."
         )
-    if config.eval_dataset is not None and config.dataset_test_split is None:
-        warnings.append(
-            f"eval_dataset is {_show(config.eval_dataset)}, but is not read while dataset_test_split is null; "
+    eval_dataset, split = getattr(config, "eval_dataset", None), getattr(config, "dataset_test_split", None)
+    if eval_dataset is not None and split is None:
+        yield (
+            f"eval_dataset is {_show(eval_dataset)}, but is not read while dataset_test_split is null; "
             "name the split of its held-out prompts."
         )
-    return warnings
 
 
 # -- Reading and building ----------------------------------------------------------------------------------------------
@@ -1052,8 +1069,8 @@ def nearest_key(key: str, keys: list[str]) -> str | None:
     """The key that was probably meant: another library's word, the same word in a section, or the nearest spelling."""
     word = key.rpartition(".")[2]
     by_word = {known.rpartition(".")[2]: known for known in reversed(keys)}  # of several, the first in the help
-    if FOREIGN_WORDS.get(word) in keys:
-        return FOREIGN_WORDS[word]
+    if meant := [ours for ours in FOREIGN_WORDS.get(word, []) if ours in keys]:
+        return meant[0]
     if word in by_word:
         return by_word[word]
     whole = difflib.get_close_matches(key, keys, n=1)

@@ -251,7 +251,9 @@ def test_masked_completions_change_nothing(kind: str, ties: bool, poison: float)
     torch.testing.assert_close(gradient[:, mask], expected[1], rtol=1e-12, atol=1e-14)
     assert gradient[:, ~mask].eq(0).all()
     for alone in (torch.tensor([True, False, False, False, False]), torch.zeros(5, dtype=torch.bool)):
-        losses, gradient = loss_and_gradient(RANKING[kind], rewards * poison, ranks, mask=alone.expand_as(rewards))
+        losses, gradient = loss_and_gradient(
+            RANKING[kind], torch.where(alone, rewards, poison), ranks, mask=alone.expand_as(rewards)
+        )
         assert losses.eq(0).all()
         assert gradient.eq(0).all()
 
@@ -268,7 +270,7 @@ def test_rankings_are_finite_at_large_differences(kind: str, ties: bool, dtype: 
     assert losses.dtype == dtype
     if kind == "plackett-luce":
         # Right: the two equal ones alone are undecided. Wrong: every step pays the distance to the best that is left.
-        expected = [0.0, 15e3] if ties else [math.log(2), 3e4]
+        expected = [0.0, 3e4] if ties else [math.log(2), 3e4]
         assert losses.tolist() == pytest.approx(expected, abs=1)
 
 
@@ -318,7 +320,7 @@ def test_the_most_likely_rewards_are_found_from_rankings_with_ties() -> None:
         return loss
 
     optimizer.step(closure)
-    torch.testing.assert_close(found.detach() - found.detach().mean(), truth - truth.mean(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.detach() - found.detach().mean(), truth - truth.mean(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", RANKING)

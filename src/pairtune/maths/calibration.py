@@ -125,9 +125,7 @@ def evaluate_pairs(
     `margins` say how much better the chosen one is in the dataset's own words; equal ones share a bin. No pair gives
     NaN throughout. Raises ValueError where shapes differ, a number is not finite, or on a bad level or number of bins.
     """
-    for x in (rejected_rewards, chosen_lengths, rejected_lengths, margins):
-        if x is not None:
-            _check_pairs(chosen_rewards, x)
+    _check_pairs(chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths, margins, prompts)
     differences = _double(chosen_rewards) - _double(rejected_rewards)
     options: dict[str, Any] = {"prompts": prompts, "level": level}
     reliability = reliability_curve(differences, num_bins=num_bins, **options)
@@ -157,8 +155,7 @@ def accuracy(differences: Tensor, *, prompts: Tensor | None = None, level: float
     finite, where prompts do not fit, or on a level outside (0, 1).
     """
     _check_pairs(differences, prompts)
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, but it is {level}")
+    z = _normal_quantile(level)
     right = _right(differences)
     sums, counts = _per_prompt(right, prompts)
     num_pairs, num_prompts = len(right), len(counts)
@@ -169,7 +166,6 @@ def accuracy(differences: Tensor, *, prompts: Tensor | None = None, level: float
     variance = (sums - share * counts).square().sum() * num_prompts / (num_prompts - 1) / num_pairs**2
     spread = share * (1 - share)
     effective = (spread / variance).clamp(max=num_pairs) if spread > 0 else share.new_tensor(num_prompts)
-    z = torch.special.ndtri(share.new_tensor((1 + level) / 2))
     centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z * (spread / effective + (z / (2 * effective)) ** 2).sqrt() / (1 + z**2 / effective)
     return Interval(share.item(), max(0.0, (centre - half).item()), min(1.0, (centre + half).item()))
@@ -194,6 +190,7 @@ def fitted_temperature(differences: Tensor, *, prompts: Tensor | None = None, le
     NaN throughout without a difference. Raises ValueError as `accuracy` does.
     """
     _check_pairs(differences, prompts)
+    z = _normal_quantile(level)
     d = _double(differences)
     if not d.any():
         return Interval(math.nan, math.nan, math.nan)
@@ -204,7 +201,7 @@ def fitted_temperature(differences: Tensor, *, prompts: Tensor | None = None, le
     if len(counts) < 2 or not math.isfinite(inverse) or not information > 0:
         return Interval(temperature, math.nan, math.nan)
     standard_error = (scores.square().sum() * len(counts) / (len(counts) - 1)).sqrt() / information
-    half = (torch.special.ndtri(d.new_tensor((1 + level) / 2)) * standard_error).item()
+    half = z * standard_error.item()
     low, high = (1 / x if x > 0 else math.inf for x in (inverse + half, inverse - half))
     return Interval(temperature, low, high)
 
@@ -260,7 +257,7 @@ def binned(
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, but it is {num_bins}")
-    _check_pairs(differences, values)
+    _check_pairs(differences, values, prompts)
     differences, values = _double(differences), _double(values)
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
     # The middle of all pairs with this value, from 0 to 1, says in which quantile they stand.
@@ -309,8 +306,7 @@ def length_report(
     The differences to the baselines are paired: both judge the same pairs, and prompts are resampled with both.
     Raises ValueError as `evaluate_pairs` does.
     """
-    for x in (rejected_rewards, chosen_lengths, rejected_lengths):
-        _check_pairs(chosen_rewards, x)
+    _check_pairs(chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths, prompts)
     rewards = torch.stack([_double(chosen_rewards), _double(rejected_rewards)])
     lengths = torch.stack([_double(chosen_lengths), _double(rejected_lengths)])
     differences, longer_by = rewards[0] - rewards[1], lengths[0] - lengths[1]
@@ -379,6 +375,13 @@ def _per_prompt(values: Tensor, prompts: Tensor | None) -> tuple[Tensor, Tensor]
         return values, torch.ones_like(values)
     _, place, counts = prompts.cpu().unique(return_inverse=True, return_counts=True)
     return values.new_zeros(len(counts)).index_add(0, place, values), counts.to(values.dtype)
+
+
+def _normal_quantile(level: float) -> float:
+    """How many standard errors an interval of this level reaches to either side."""
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, but it is {level}")
+    return torch.special.ndtri(torch.tensor((1 + level) / 2, dtype=torch.float64)).item()
 
 
 def _check_pairs(*tensors: Tensor | None) -> None:

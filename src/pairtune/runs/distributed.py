@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 
 from pairtune.errors import PairtuneError
@@ -108,8 +109,20 @@ def gather_objects(value: Any) -> list[Any]:
     """The JSON value of every process, in order of rank, on every process. JSON, so that nothing is ever unpickled."""
     if not _on():
         return [value]
+    return [json.loads(part) for part in _gather_bytes(json.dumps(value).encode())]
+
+
+def gather_tensors(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The named tensors of every process, in order of rank, on every process and on the CPU."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    if not _on():
+        return [tensors]
+    return [load(part) for part in _gather_bytes(save(tensors))]
+
+
+def _gather_bytes(content: bytes) -> list[bytes]:
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8).to(device)
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device))
     counts = [int(size) for size in sizes]
@@ -117,7 +130,7 @@ def gather_objects(value: Any) -> list[Any]:
     padded[: len(data)] = data
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return [json.loads(part[:count].cpu().numpy().tobytes()) for part, count in zip(parts, counts, strict=True)]
+    return [part[:count].cpu().numpy().tobytes() for part, count in zip(parts, counts, strict=True)]
 
 
 def _on() -> bool:

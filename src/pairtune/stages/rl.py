@@ -239,7 +239,7 @@ def _loop(
 
     def save() -> None:
         progress.seconds = time.perf_counter() - started
-        replays = distributed.gather_objects([as_tensors(batch.experience) for batch in replay])
+        replays = distributed.gather_tensors(_replay_tensors(replay))
         if is_main:
             with phase("save", "saving a checkpoint"):
                 _save(config, run_dir, policy, optimizer, rewards, progress, replays)
@@ -639,13 +639,12 @@ def _save(
     optimizer: torch.optim.Optimizer,
     rewards: RewardSet | None,
     progress: Progress,
-    replays: list[list[dict[str, Tensor]]],
+    replays: list[dict[str, Tensor]],
 ) -> None:
     """A checkpoint that `from_pretrained` loads, with what resuming needs beside it."""
     tensors = state_tensors(policy.masters, optimizer)
-    for process, batches in enumerate(replays):
-        for number, batch in enumerate(batches):
-            tensors |= {f"replay.{process}.{number}.{name}": value for name, value in batch.items()}
+    for process, replayed in enumerate(replays):
+        tensors |= {f"replay.{process}.{name}": tensor for name, tensor in replayed.items()}
 
     def save_model(path: Path) -> None:
         policy.model.save_pretrained(path)
@@ -655,6 +654,15 @@ def _save(
     checkpoint.save(
         run_dir, progress.step, save_model=save_model, tensors=tensors, state=state, keep_last=config.keep_last
     )
+
+
+def _replay_tensors(replay: Sequence[Collected]) -> dict[str, Tensor]:
+    """`number.name` -> tensor, of the earlier batches of this process, oldest first."""
+    return {
+        f"{number}.{name}": tensor
+        for number, batch in enumerate(replay)
+        for name, tensor in as_tensors(batch.experience).items()
+    }
 
 
 def _restore(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pairtune.config import VERB_OF, SupervisedWords, config_to_yaml
+from pairtune.config import VERB_OF, SupervisedWords, config_to_yaml, supervised_warnings
 from pairtune.data import shard
 from pairtune.models.loading import MasterWeights
 from pairtune.runs import checkpoint, distributed, folder
@@ -180,6 +180,8 @@ def train_supervised(
     optimizer = make_optimizer(config, task.masters)
     progress = _restore(config, run_dir, task, optimizer)
     num_steps = num_updates(config, task.num_rows)
+    for sentence in supervised_warnings(config, num_steps):
+        display.message(f"note: {sentence}")
     schedule = config.model_copy(update={"warmup_steps": warmup_updates(config, num_steps)})
     timer = Timer(task.device)
     log = None

@@ -1,0 +1,191 @@
+"""The first stage of RLHF: supervised fine-tuning. A model learns to write the completions of a dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pairtune.completion_data import Example, ExampleDataset, load_examples
+from pairtune.config import SFTConfig
+from pairtune.errors import PairtuneError
+from pairtune.maths.statistics import Interval, bootstrap_ratio
+from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
+from pairtune.models.logprobs import Layout, causal_lm
+from pairtune.runs import folder
+from pairtune.runs.display import Display
+from pairtune.runs.metrics import read_jsonl
+from pairtune.stages.rl import TrainResult
+from pairtune.stages.supervised import TaskLoss, compute_dtype, num_updates, prepare_run, train_supervised
+
+EVALUATION_BATCH = 16
+"""Held-out examples of a forward pass."""
+
+
+def sft(
+    config: SFTConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+) -> TrainResult:
+    """Fine-tune a model on completions, on the assistant's turns of conversations, or on plain text.
+
+    The loss of an update is the mean negative log-likelihood, nats a token, over the learned tokens of all its
+    examples, EOS among them: long completions count for more, as in pretraining. What cannot be written in a
+    configuration may be passed in: a model in memory with its tokenizer, and datasets (lists of rows or
+    `datasets.Dataset`). Raises PairtuneError, in one sentence, for everything that a user can mend.
+    """
+    device = prepare_run(config, device=config.device, num_threads=config.num_threads)
+    run_dir = Path(config.output_dir)
+    with contextlib.ExitStack() as stack:
+        # What can be refused is refused before the model is loaded.
+        if tokenizer is None:
+            tokenizer = load_tokenizer(
+                config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+            )
+        train_data, held_out = load_examples(config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
+        num_steps = num_updates(config, len(train_data.examples))
+        display = stack.enter_context(
+            Display(
+                num_steps,
+                max_minutes=config.max_minutes,
+                headline="loss",
+                rewards=[line.get("loss") for line in done],
+            )
+        )
+        for note in train_data.notes:
+            display.message(note)
+        for note in held_out.notes if held_out is not None else []:
+            display.message(f"held-out: {note}")
+        with display.phase("loading the model"):
+            policy = load_policy(
+                model if model is not None else config.model,
+                tokenizer=tokenizer,
+                dtype=compute_dtype(config, config.dtype),
+                device=device,
+                attn_implementation=config.attn_implementation,
+                trainable_layers=config.trainable_layers,
+                lora_r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_target_modules=config.lora_target_modules,
+                gradient_checkpointing=config.gradient_checkpointing,
+                revision=config.model_revision,
+                trust_remote_code=config.trust_remote_code,
+            )
+        task = SFTTask(policy, train_data, held_out, num_eval_examples=config.num_eval_examples)
+        for note in policy.notes:
+            display.message(note)
+        del policy  # and with it the reference, which only the third stage needs
+        return train_supervised(config, task, run_dir, display, stack, derived=_with_perplexity)
+
+
+class SFTTask:
+    """Examples, and the model that learns them."""
+
+    def __init__(
+        self,
+        policy: LoadedPolicy,
+        train_data: ExampleDataset,
+        held_out: ExampleDataset | None = None,
+        *,
+        num_eval_examples: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.masters = policy.model, policy.tokenizer, policy.masters
+        self.device, self.dtype = policy.device, policy.dtype
+        self._scorer = policy.scorer
+        self._examples = train_data.examples
+        self._held_out = [] if held_out is None else held_out.examples[:num_eval_examples]
+        self.num_rows, self.num_eval_rows = len(self._examples), len(self._held_out)
+        for dataset in filter(None, (train_data, held_out)):
+            _check_context(policy.model, dataset)
+
+    def length(self, row: int) -> int:
+        return len(self._examples[row].ids)
+
+    def counted(self, rows: Sequence[int]) -> int:
+        return sum(len(self._examples[row].learned) for row in rows)
+
+    def loss(self, rows: Sequence[int]) -> TaskLoss:
+        examples = [self._examples[row] for row in rows]
+        logprobs, _ = self._scorer.logprobs(example_layout(examples, self.device))
+        return TaskLoss(-logprobs.sum(), {}, sum(len(example.ids) - 1 for example in examples))
+
+    def evaluate(self, advance: Callable[[float], None]) -> dict[str, Any]:
+        """`loss`, nats a token, and `perplexity`, each with its interval over the held-out examples."""
+        by_length = sorted(range(self.num_eval_rows), key=lambda row: len(self._held_out[row].ids))
+        nats = torch.zeros(self.num_eval_rows, dtype=torch.float64)
+        for start in range(0, self.num_eval_rows, EVALUATION_BATCH):
+            rows = by_length[start : start + EVALUATION_BATCH]
+            layout = example_layout([self._held_out[row] for row in rows], self.device)
+            logprobs, _ = self._scorer.logprobs(layout)
+            nats[rows] = -logprobs.double().sum((1, 2)).cpu()
+            advance(len(rows))
+        num_tokens = torch.tensor([len(example.learned) for example in self._held_out])
+        loss = bootstrap_ratio(nats, num_tokens)
+        return {
+            "num_examples": self.num_eval_rows,
+            "num_tokens": int(num_tokens.sum()),
+            "loss": loss._asdict(),
+            "perplexity": Interval(*map(_perplexity, loss))._asdict(),
+        }
+
+    def save_model(self, path: Path) -> None:
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def example_layout(examples: Sequence[Example], device: torch.device | str = "cpu") -> Layout:
+    """A row for each example, right-padded; P = R examples, K = 1, T the most tokens that one of them learns.
+
+    One example a row and rows of like length together, not several examples packed into a row: what packing saves of
+    padding, its mask over the whole row costs again in attention. The last token of an example is only ever predicted,
+    so no row holds it.
+    """
+    width = max(len(example.ids) for example in examples) - 1
+    num_learned = max(len(example.learned) for example in examples)
+    ids, positions = torch.zeros((2, len(examples), width), dtype=torch.int64)
+    segments = torch.full((len(examples), width), -1)
+    source, targets = torch.zeros((2, len(examples), 1, num_learned), dtype=torch.int64)
+    mask = torch.zeros((len(examples), 1, num_learned), dtype=torch.bool)
+    for row, example in enumerate(examples):
+        tokens, learned = torch.tensor(example.ids), torch.tensor(example.learned)
+        length = len(tokens) - 1
+        ids[row, :length], positions[row, :length], segments[row, :length] = tokens[:-1], torch.arange(length), 0
+        source[row, 0, : len(learned)], targets[row, 0, : len(learned)] = learned - 1, tokens[learned]
+        mask[row, 0, : len(learned)] = True
+    return Layout(
+        input_ids=ids.to(device),
+        position_ids=positions.to(device),
+        segments=segments.to(device),
+        source=source.to(device),
+        targets=targets.to(device),
+        mask=mask.to(device),
+        shared=False,
+    )
+
+
+def _check_context(model: Any, dataset: ExampleDataset) -> None:
+    """Raises PairtuneError where an example is longer than the model can read."""
+    longest = max(len(example.ids) for example in dataset.examples)
+    context = getattr(causal_lm(model).config, "max_position_embeddings", None)
+    if context is not None and longest - 1 > context:
+        raise PairtuneError(
+            f"an example of {dataset.name} has {longest} tokens, but the model reads at most {context}; "
+            f"set max_length to {context} or less."
+        )
+
+
+def _with_perplexity(metrics: dict[str, float]) -> dict[str, float]:
+    return {"perplexity": _perplexity(metrics["loss"])}
+
+
+def _perplexity(loss: float) -> float:
+    """exp of nats a token; infinite where a float cannot hold it."""
+    return math.exp(loss) if not loss > 700 else math.inf
