@@ -168,7 +168,9 @@ def accuracy(differences: Tensor, *, prompts: Tensor | None = None, level: float
     effective = (spread / variance).clamp(max=num_pairs) if spread > 0 else share.new_tensor(num_prompts)
     centre = (share + z**2 / (2 * effective)) / (1 + z**2 / effective)
     half = z * (spread / effective + (z / (2 * effective)) ** 2).sqrt() / (1 + z**2 / effective)
-    return Interval(share.item(), max(0.0, (centre - half).item()), min(1.0, (centre + half).item()))
+    # The estimate lies inside; where it is 0 or 1, it is an end.
+    low, high = torch.minimum(share, centre - half).clamp(min=0), torch.maximum(share, centre + half).clamp(max=1)
+    return Interval(share.item(), low.item(), high.item())
 
 
 def log_likelihood(differences: Tensor, *, prompts: Tensor | None = None, level: float = 0.95) -> Interval:
