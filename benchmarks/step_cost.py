@@ -457,7 +457,7 @@ class PairtuneStep:
             self.prompts.batch(range(NUM_PROMPTS), device=self.policy.device),
             policy=self.policy,
             sampler=self.sampler,
-            rewards=self.rewards,
+            feedback=self.rewards,
             config=self.config,
             step=self.progress.step,
             policy_version=self.progress.num_updates,

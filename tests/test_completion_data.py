@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,17 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pairtune.completion_data import OfflineDataset, encode_completions, load_preferences, load_scored
-from pairtune.config import EvaluateConfig, TrainConfig
+from pairtune.completion_data import (
+    Example,
+    ExampleDataset,
+    OfflineDataset,
+    encode_completions,
+    encode_examples,
+    load_examples,
+    load_preferences,
+    load_scored,
+)
+from pairtune.config import EvaluateConfig, SFTConfig, TrainConfig
 from pairtune.data import PromptDataset, RawPrompts, load_eval_prompts, load_prompts
 from pairtune.errors import PairtuneError
 from pairtune.models.logprobs import Scorer
@@ -555,6 +565,252 @@ def test_held_out_prompts_stop_before_the_answers(tiny_tokenizer: Any, row: dict
     assert held_out(tiny_tokenizer, [row]).prompts == [prompt]
 
 
+# Examples to imitate.
+
+
+def sft_config(**changes: Any) -> SFTConfig:
+    return SFTConfig(**{"model": "m", "dataset": "d", **changes})
+
+
+def examples_of(tokenizer: Any, rows: list[dict[str, Any]], **settings: Any) -> ExampleDataset:
+    return encode_examples(rows, "the rows", sft_config(**settings), tokenizer)
+
+
+def marked(tokenizer: Any, example: Example) -> str:
+    """An example as text, what is learned in square brackets."""
+    text, inside = "", False
+    for place, token_id in enumerate(example.ids):
+        if (place in example.learned) != inside:
+            text, inside = text + "[]"[inside], not inside
+        text += tokenizer.decode([token_id])
+    return text + "]" * inside
+
+
+def all_marked(tokenizer: Any, rows: list[dict[str, Any]], **settings: Any) -> list[str]:
+    return [marked(tokenizer, example) for example in examples_of(tokenizer, rows, **settings).examples]
+
+
+PAIR = {"prompt": "q: ", "completion": "a"}
+WHOLE = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    "row, settings, expected",
+    [
+        (PAIR, {"chat": "never"}, f"q: [a{END}]"),
+        (PAIR, {}, f"{USER}q: {END}{ASSISTANT}[a{END}]"),
+        (PAIR, {"system_prompt": "s"}, f"<|system|>s{END}{USER}q: {END}{ASSISTANT}[a{END}]"),
+        ({"prompt": turns("a"), "completion": said("b")}, {"chat": "never"}, f"{USER}a{END}{ASSISTANT}[b{END}]"),
+        ({"prompt": turns("a"), "completion": turns("a", "b")}, {}, f"{USER}a{END}{ASSISTANT}[b{END}]"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *turns("a", "b", "c", "d")]},
+            {},
+            f"<|system|>s{END}{USER}a{END}{ASSISTANT}[b{END}]{USER}c{END}{ASSISTANT}[d{END}]",
+        ),
+        ({"messages": turns("a", "b", "c")}, {}, f"{USER}a{END}{ASSISTANT}[b{END}]"),  # the question is of no use
+        (
+            {"messages": turns("a", " ", "c", "d")},  # an empty turn is only read
+            {},
+            f"{USER}a{END}{ASSISTANT} {END}{USER}c{END}{ASSISTANT}[d{END}]",
+        ),
+        (
+            {"messages": [*said("hi"), *turns("a", "b")]},  # and so is one that answers nothing
+            {},
+            f"{ASSISTANT}hi{END}{USER}a{END}{ASSISTANT}[b{END}]",
+        ),
+        ({"text": "abc"}, {}, f"a[bc{END}]"),
+        ({"text": f"abc{END}"}, {}, f"a[bc{END}]"),
+        ({"text": "abc", "messages": turns("a", "b")}, {}, f"{USER}a{END}{ASSISTANT}[b{END}]"),
+        ({**PAIR, "messages": turns("x", "y"), "text": "z"}, {"chat": "never"}, f"q: [a{END}]"),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "d", "messages": turns("x", "y")},
+            {},
+            f"{USER}x{END}{ASSISTANT}[y{END}]",
+        ),
+        ({"q": "p", "a": "c"}, {"prompt_column": "q", "completion_column": "a", "chat": "never"}, f"p[c{END}]"),
+        ({"talk": turns("a", "b")}, {"messages_column": "talk"}, f"{USER}a{END}{ASSISTANT}[b{END}]"),
+        ({"content": "ab"}, {"text_column": "content"}, f"a[b{END}]"),
+    ],
+)
+def test_what_of_a_row_is_learned(tiny_tokenizer: Any, row: dict[str, Any], settings: Any, expected: str) -> None:
+    assert all_marked(tiny_tokenizer, [row], **settings) == [expected]
+
+
+@pytest.mark.parametrize(
+    "row, expected",
+    [
+        ({"prompt": "p", "chosen": "c", "rejected": "d"}, f"p[c{END}]"),
+        ({"chosen": WHOLE + " d", "rejected": WHOLE + " e"}, f"{WHOLE}[ d{END}]"),
+        ({"chosen": WHOLE + " d", "rejected": WHOLE + " d"}, f"{WHOLE}[ d{END}]"),  # no comparison, but an answer
+        ({"chosen": "the sky is blue", "rejected": "the sky is brown"}, f"the sky is[ blue{END}]"),
+        ({"chosen": turns("a", "b"), "rejected": turns("a", "c")}, f"{USER}a{END}{ASSISTANT}[b{END}]"),
+        (
+            {"chosen": turns("a", "b", "c", "d"), "rejected": turns("a", "e")},  # only the last turn was chosen
+            f"{USER}a{END}{ASSISTANT}b{END}{USER}c{END}{ASSISTANT}[d{END}]",
+        ),
+    ],
+)
+def test_the_chosen_completions_of_a_preference_dataset(
+    tiny_tokenizer: Any, row: dict[str, Any], expected: str
+) -> None:
+    assert all_marked(tiny_tokenizer, [row], completion_column="chosen", chat="never") == [expected]
+
+
+def test_the_prompts_of_examples_are_those_that_sampling_starts_from(tiny_tokenizer: Any) -> None:
+    for prompts in (["a b", "c"], [turns("a b"), turns("c", "d", "e")]):
+        rows = [{"prompt": prompt, "completion": " x"} for prompt in prompts]
+        sampled, _ = load_prompts(config(chat="auto", dataset_test_split=None), tiny_tokenizer, train_dataset=rows)
+        for example, ids in zip(examples_of(tiny_tokenizer, rows).examples, sampled.token_ids, strict=True):
+            assert example.ids[: len(ids)] == ids
+            assert example.learned[0] == len(ids)
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_each_its_own_example(tiny_tokenizer: Any) -> None:
+    """As some do that leave the thought out of all turns but the last."""
+    tiny_tokenizer.chat_template = (
+        "{% for turn in messages %}{% if turn['role'] == 'assistant' %}" + ASSISTANT + "{% if loop.last %}(hm)"
+        "{% endif %}{{ turn['content'] }}" + END + "{% else %}" + USER + "{{ turn['content'] }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+    )
+    rows = [{"messages": turns("a", "b", "c", "d")}, {"messages": turns("a", "b")}]
+    assert all_marked(tiny_tokenizer, rows) == [
+        f"{USER}a{ASSISTANT}[(hm)b{END}]",
+        f"{USER}a{ASSISTANT}b{END}{USER}c{ASSISTANT}[(hm)d{END}]",
+        f"{USER}a{ASSISTANT}[(hm)b{END}]",
+    ]
+
+
+def test_two_conversations_that_begin_alike_stay_apart(tiny_tokenizer: Any) -> None:
+    rows = [{"messages": turns("a", "b")}, {"messages": turns("a", "b", "c", "d")}]
+    one = f"{USER}a{END}{ASSISTANT}[b{END}]"
+    assert all_marked(tiny_tokenizer, rows) == [one, f"{one}{USER}c{END}{ASSISTANT}[d{END}]"]
+
+
+def test_a_template_without_a_closing_token_gives_each_turn_an_end(tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.chat_template = template(closing="\n")
+    assert all_marked(tiny_tokenizer, [{"messages": turns("a", "b", "c", "d")}]) == [
+        f"{USER}a{ASSISTANT}[b{END}]",
+        f"{USER}a{ASSISTANT}b\n{USER}c{ASSISTANT}[d{END}]",
+    ]
+
+
+def test_a_text_gets_the_tokenizers_own_bos_once() -> None:
+    from tokenizers import processors
+
+    vocabulary = {piece: number for number, piece in enumerate(["<unk>", "<s>", "</s>", "a", "b"])}
+    core = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    core.add_special_tokens(["<s>", "</s>"])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer = of_pieces(core)
+    assert tokenizer("<s>ab")["input_ids"] == [1, 1, 3, 4, 2]
+    examples = examples_of(tokenizer, [{"text": "ab"}, {"text": "<s>ab"}, {"text": "ab</s>"}]).examples
+    assert [example.ids for example in examples] == [[1, 3, 4, 2]] * 3
+    assert [example.learned for example in examples] == [[1, 2, 3]] * 3
+
+
+def test_what_is_too_long_is_left_out_or_cut_and_counted(tiny_tokenizer: Any) -> None:
+    rows = [
+        {"prompt": "12345", "completion": "a"},  # prompt too long
+        {"prompt": "1234", "completion": "a"},  # fits: 6 tokens
+        {"prompt": "123", "completion": "abcdef"},  # cut to 6, without EOS
+        {"prompt": "1", "completion": "ab"},
+        {"prompt": "1", "completion": "\n "},  # empty
+        {"prompt": "1", "completion": turns("x", "y")},  # not one turn
+    ]
+    settings: dict[str, Any] = {"chat": "never", "max_prompt_length": 4, "max_length": 6}
+    dataset = examples_of(tiny_tokenizer, rows, **settings)
+    expected = [f"1234[a{END}]", "123[abc]", f"1[ab{END}]"]
+    assert [marked(tiny_tokenizer, example) for example in dataset.examples] == expected
+    assert dataset.notes == [
+        "1 row left out: a completion is empty",
+        "1 row left out: a completion is not one turn of the assistant",
+        "1 row left out: its prompt is longer than max_prompt_length=4 tokens",
+        "1 example cut at max_length=6",
+    ]
+    only = examples_of(tiny_tokenizer, rows[1:4], **settings | {"max_length": 4})
+    assert [marked(tiny_tokenizer, example) for example in only.examples] == ["123[a]", f"1[ab{END}]"]
+    assert only.notes == [
+        "1 example left out: nothing to learn stands within max_length=4 tokens",
+        "1 example cut at max_length=4",
+    ]
+
+
+def test_a_long_conversation_is_cut_behind_the_last_learned_token_that_fits(tiny_tokenizer: Any) -> None:
+    rows = [{"messages": turns("a", "b", "c" * 9, "d")}, {"messages": turns("a" * 20, "b")}, {"messages": turns("a")}]
+    dataset = examples_of(tiny_tokenizer, rows, max_length=10)
+    assert [marked(tiny_tokenizer, example) for example in dataset.examples] == [f"{USER}a{END}{ASSISTANT}[b{END}]"]
+    assert dataset.notes == [
+        "1 conversation left out: no turn of the assistant has text and something before it",
+        "1 example left out: nothing to learn stands within max_length=10 tokens",
+        "1 example cut at max_length=10",
+    ]
+
+
+def test_turns_that_are_not_learned_are_counted(tiny_tokenizer: Any) -> None:
+    rows = [{"messages": [*said("hi"), *turns("a", "", "b", "c")]}]
+    assert examples_of(tiny_tokenizer, rows).notes == [
+        "2 turns left out: it is empty, or the first of its conversation"
+    ]
+
+
+@pytest.mark.parametrize(
+    "rows, settings, sentence",
+    [
+        ([{"chosen": "a b"}], {"completion_column": "chosen"}, "has no column `prompt`, only `chosen`; name the right"),
+        (
+            [{"chosen": "", "rejected": ""}],
+            {"completion_column": "chosen"},
+            "1 row left out: there is no prompt before",
+        ),
+        ([{"chosen": said("a")}], {"completion_column": "chosen"}, "1 row left out: there is no prompt before"),
+        ([{"chosen": turns("a")}], {"completion_column": "chosen"}, "1 row left out: "),
+        ([{"chosen": 3}], {"completion_column": "chosen"}, "row 0 of the rows: `chosen` is of type int"),
+        ([{"prompt": "a", "answer": "b"}], {}, "has no column `completion`, only `prompt`, `answer`"),
+        ([{"completions": "b"}], {}, "did you mean `completions`?"),
+        ([{"messages": turns("a", "b")}, {"messages": None}], {}, "row 1 of the rows: `messages` is missing"),
+        ([{"messages": turns("a", "b")}], {"system_prompt": "s"}, "system_prompt has nowhere to go"),
+        ([{"text": "a"}, {}], {}, "row 1 of the rows: `text` is missing"),
+    ],
+)
+def test_rows_that_are_no_examples_are_refused(
+    tiny_tokenizer: Any, rows: list[dict[str, Any]], settings: Any, sentence: str
+) -> None:
+    with pytest.raises(PairtuneError, match=re.escape(sentence)) as caught:
+        examples_of(tiny_tokenizer, rows, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_eos_or_template_is_refused(tiny_tokenizer: Any) -> None:
+    tiny_tokenizer.chat_template = None
+    with pytest.raises(PairtuneError, match="has no chat template"):
+        examples_of(tiny_tokenizer, [{"messages": turns("a", "b")}])
+    tiny_tokenizer.eos_token = None
+    for row in (PAIR, {"text": "a"}):
+        with pytest.raises(PairtuneError, match="has no EOS token"):
+            examples_of(tiny_tokenizer, [row])
+
+
+def test_held_out_examples_are_found_where_they_are_named(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"text": "train", "split": "train"}, {"text": "test", "split": "test"}]
+    file = tmp_path / "held.jsonl"
+    file.write_text('{"text": "elsewhere"}')
+
+    def second(**settings: Any) -> str | None:
+        in_memory = settings.pop("in_memory", None)
+        words = sft_config(**settings)
+        train, held_out = load_examples(words, tiny_tokenizer, train_dataset=rows, eval_dataset=in_memory)
+        assert [marked(tiny_tokenizer, example) for example in train.examples] == [f"t[rain{END}]"]
+        return None if held_out is None else marked(tiny_tokenizer, held_out.examples[0])
+
+    assert second() == f"t[est{END}]"
+    assert second(dataset_test_split=None) is None
+    assert second(eval_dataset=str(file)) == f"e[lsewhere{END}]"
+    assert second(eval_dataset=str(file), dataset_test_split=None) is None
+    assert second(in_memory=[{"text": "memory"}], dataset_test_split=None) == f"m[emory{END}]"
+    with pytest.raises(PairtuneError, match="has no split 'test', for its rows have no `split` column"):
+        load_examples(sft_config(), tiny_tokenizer, train_dataset=[{"text": "a"}])
+
+
 # Real comparisons.
 
 
@@ -583,6 +839,17 @@ def test_what_of_the_real_comparisons_is_used(comparisons: Any, smollm2: Any) ->
         "rows left out: chosen and rejected differ before the assistant's last turn": 3,
     }
     assert all(str(prompt).endswith("\n\nAssistant:") for prompt in dataset.prompts)
+
+
+def test_the_chosen_answers_of_the_real_comparisons(comparisons: Any, smollm2: Any) -> None:
+    words = sft_config(completion_column="chosen", chat="never", max_prompt_length=100_000, max_length=100_000)
+    dataset = encode_examples(comparisons, "the comparisons", words, smollm2)
+    spoken = [row["chosen"] for row in comparisons if row["chosen"].rpartition("Assistant:")[2].strip()]
+    for text, example in zip(spoken, dataset.examples, strict=True):
+        assert smollm2.decode(example.ids) == text + "<|im_end|>"
+        assert smollm2.decode(example.ids[: example.learned[0]]) == text.rpartition("Assistant:")[0] + "Assistant:"
+    num_empty = len(comparisons) - len(spoken)
+    assert dataset.notes == [f"{num_empty} row{'s' * (num_empty > 1)} left out: a completion is empty"]
 
 
 @pytest.mark.parametrize("chat", ["never", "always"])

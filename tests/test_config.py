@@ -100,6 +100,8 @@ OUT_OF_RANGE = [
     ("minibatch_size", 0, "a whole number > 0 or null"),
     ("micro_batch_size", 0, "a whole number > 0 or null"),
     ("replay", -1, "a whole number >= 0"),
+    ("preference_func", "", "a text (not empty) or null"),
+    ("preference_rewards", "wins", "logits or margins"),
     ("p3o.clip", "both", "joint, separate or none"),
     ("p3o.kl_at", "old", "current or sampling"),
     ("p3o.max_ratio", 0.5, "a number >= 1 or null"),
@@ -228,6 +230,10 @@ CONTRADICTIONS = [
     ({"top_k": 50}, ["top_k is 50", "p3o", "train with top_k 0."]),
     ({"algorithm": "rloo", "top_p": 0.9}, ["top_p is 0.9", "rloo", "differentiates the law that samples"]),
     ({"algorithm": "rloo", "num_generations": 1}, ["num_generations is 1", "rloo", "give 2 or more"]),
+    ({"preference_func": "a.b", "algorithm": "ppo", "num_generations": 1}, ["num_generations is 1", "preference_func"]),
+    ({"preference_func": "a.b", "algorithm": "dpo"}, ['preference_func is "a.b"', "dpo", "set it to null"]),
+    ({"preference_func": "a.b", "missing_eos_penalty": 1.0}, ["missing_eos_penalty is 1.0", "preference_func"]),
+    ({"preference_func": "a.b", "scale_rewards": "running"}, ["scale_rewards is running", "preference_func"]),
     *[
         ({"algorithm": name, "beta": 0}, ["beta is 0", name, "give a beta above 0"])
         for name in ("copg", "online_dpo", "online_ipo", "dpo", "ipo")
@@ -608,6 +614,8 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "p3o.kl_at": "sampling",
     "p3o.max_ratio": None,
     "replay": 3,
+    "preference_func": "a.b",
+    "preference_rewards": "margins",
     "ppo.gamma": 0.99,
     "ppo.lam": 1.0,
     "ppo.vf_coef": 0.5,
@@ -644,7 +652,7 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "overwrite": True,
 }
 REFUSED_TOGETHER = {
-    TrainConfig: {"top_p", "top_k", "trainable_layers", "overwrite", "algorithm"},
+    TrainConfig: {"top_p", "top_k", "trainable_layers", "overwrite", "algorithm", "preference_func"},
     SFTConfig: {"trainable_layers", "overwrite"},
 }
 
@@ -660,7 +668,13 @@ def test_every_field_survives_yaml(cls: type[Words], tmp_path: Path) -> None:
 
 
 def test_the_rest_survives_yaml_one_by_one(tmp_path: Path) -> None:
-    for values in ({"trainable_layers": 2}, {"overwrite": True}, {"stop": []}, {"p3o.max_ratio": 2.5}):
+    for values in (
+        {"trainable_layers": 2},
+        {"overwrite": True},
+        {"stop": []},
+        {"p3o.max_ratio": 2.5},
+        {"preference_func": "a.b"},
+    ):
         config = train_config(**values)
         assert load_config(TrainConfig, write(tmp_path, config_to_yaml(config))) == config
 

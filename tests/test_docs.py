@@ -11,21 +11,28 @@ import re
 import shlex
 import shutil
 import sys
+from itertools import takewhile
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import test_properties as properties
+import torch
 import yaml
 from conftest import build_tiny_model
 
+from pairtune.algorithms import ALGORITHMS
 from pairtune.cli import VERBS, main
-from pairtune.config import TrainConfig, keys_of, load_config, warnings_for
-from pairtune.maths import kl, pairwise
+from pairtune.config import METHODS, TrainConfig, keys_of, load_config, warnings_for
+from pairtune.maths import advantages, contrastive, kl, pairwise, policy_gradient, preference
 
 ROOT = Path(__file__).parent.parent
-README, P3O, PYTHON, LOG = (ROOT / name for name in ("README.md", "docs/p3o.md", "docs/python.md", "docs/log.md"))
-DOCUMENTS = [README, P3O, PYTHON, LOG, ROOT / "docs/README.md"]
+README, PYTHON, LOG = (ROOT / name for name in ("README.md", "docs/python.md", "docs/log.md"))
+OVERVIEW = ROOT / "docs/algorithms/README.md"
+PAGES = {name: ROOT / f"docs/algorithms/{name}.md" for name in ALGORITHMS}
+P3O = PAGES["p3o"]
+DOCUMENTS = [README, PYTHON, LOG, ROOT / "docs/README.md", OVERVIEW, *PAGES.values()]
 
 NEEDED = {"model": "m", "dataset": "d", "reward_funcs": ["a.b"]}
 MODELS = ("smollm2-135m-instruct-q4", "HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -110,7 +117,7 @@ def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
 # -- Python ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [README, P3O, PYTHON], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [README, PYTHON, *PAGES.values()], ids=lambda path: path.name)
 def test_python_runs(
     path: Path,
     model_folder: str,
@@ -209,18 +216,34 @@ def test_yaml_is_a_configuration(path: Path, block: Block, tmp_path: Path) -> No
     assert warnings_for(load_config(TrainConfig, file, missing)) == []
 
 
-def test_options_have_the_defaults_that_the_page_gives() -> None:
-    options = {named(option)[0]: default for option, default, _ in table(P3O, "Options", "option")}
-    assert {key for key in keys_of(TrainConfig) if key.startswith("p3o.")} <= set(options)
-    assert load_config(TrainConfig, None, NEEDED | options) == load_config(TrainConfig, None, NEEDED)
+@pytest.mark.parametrize("method", PAGES)
+def test_options_have_the_defaults_that_the_page_gives(method: str) -> None:
+    options = {named(option)[0]: default for option, default, _ in table(PAGES[method], "Options", "option")}
+    assert {key for key in keys_of(TrainConfig) if key.startswith(f"{method}.")} <= set(options)
+    needed = NEEDED | {"algorithm": method}
+    assert load_config(TrainConfig, None, needed | options) == load_config(TrainConfig, None, needed)
 
 
-def test_symbols_are_arguments_or_settings() -> None:
-    losses = (pairwise.p3o_joint_loss, pairwise.p3o_separate_loss, pairwise.pairwise_policy_gradient_loss)
-    known = {name for f in (*losses, kl.kl_shaped_rewards) for name in inspect.signature(f).parameters}
-    known |= {"kl_shaped_rewards", *keys_of(TrainConfig)}
-    for symbol, code, *_ in table(P3O, "Symbols", "symbol"):
-        assert named(code), symbol
+def words_of(module: ModuleType) -> set[str]:
+    """The public functions of a module and their arguments."""
+    functions = {
+        name: f for name, f in inspect.getmembers(module, inspect.isfunction) if f.__module__ == module.__name__
+    }
+    public = {name: f for name, f in functions.items() if not name.startswith("_")}
+    return set(public) | {argument for f in public.values() for argument in inspect.signature(f).parameters}
+
+
+@pytest.mark.parametrize("method", PAGES)
+def test_symbols_are_arguments_or_settings(method: str) -> None:
+    """Those of the functions that the page says the method is made of."""
+    modules = {
+        m.__name__.rpartition(".")[2]: m for m in (advantages, contrastive, pairwise, policy_gradient, preference)
+    }
+    imported = set(re.findall(r"\b(\w+)\.\w+\(", "".join(block.text for block in blocks(PAGES[method], "python"))))
+    known = words_of(kl).union(keys_of(TrainConfig), *(words_of(modules[name]) for name in imported & modules.keys()))
+    known |= words_of(advantages)
+    for symbol, code, *_ in table(PAGES[method], "Symbols", "symbol"):
+        assert named(code) or symbol == "K", symbol
         assert set(named(code)) <= known, symbol
 
 
@@ -232,7 +255,7 @@ def test_settings_in_running_text_exist() -> None:
         for name in named(prose(path)):
             if match := re.fullmatch(r"([a-z_0-9]+(?:\.[a-z_0-9]+)?): ([\w.-]+)", name):
                 load_config(TrainConfig, None, {**NEEDED, match[1]: match[2]})
-            elif name.startswith("p3o.") and "/" not in name and not name.endswith(".md"):
+            elif name.partition(".")[0] in ALGORITHMS and "." in name and not name.endswith(".md"):
                 assert name in known, f"{path.name}: {name}"
             else:
                 continue
@@ -248,15 +271,37 @@ def pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace("<name>", r"[^/]+").replace("pass_k", r"pass_\d+"))
 
 
+def own_metrics(method: str) -> list[str]:
+    """The metrics that the page of a method gives."""
+    return [named(row[0])[0] for row in table(PAGES[method], "Metrics", "name")]
+
+
 @pytest.mark.parametrize("file", ["metrics.jsonl", "evaluations.jsonl"])
 def test_metrics_are_what_a_run_logs_and_all_of_it(file: str, place: Path) -> None:
-    text = P3O.read_text("utf-8")
+    text = OVERVIEW.read_text("utf-8")
     section = text[text.index(f"`{file}` has a line") :]
     rows = section[section.index("| name |") :].split("\n\n")[0].splitlines()[2:]
     documented = [named(row)[0] for row in rows]
+    if file == "metrics.jsonl":
+        documented += [f"{name}{suffix}" for name in own_metrics("p3o") for suffix in ("", "/pass_k")]
     logged = {name for line in lines(place / "runs" / "concise", file) for name in line}
     assert [name for name in documented if not any(pattern(name).fullmatch(key) for key in logged)] == []
     assert [key for key in sorted(logged) if not any(pattern(name).fullmatch(key) for name in documented)] == []
+
+
+@pytest.mark.parametrize("method", PAGES)
+def test_a_page_has_the_metrics_of_its_method_and_no_others(method: str) -> None:
+    """Those that its loss returns, over all its options; the loop adds one for PPO."""
+    returned = {"beta"} if method == "ppo" else set()
+    # A clip has a metric of its own, and not every method's stands among the variants.
+    clip = [{f"{method}.clip": True}] if method in ("rloo", "online_dpo", "online_ipo") else []
+    for variant, words in properties.VARIANTS.items():
+        for options in [{}, *clip] if words["algorithm"] == method else []:
+            policy, values, experience = properties.collected()
+            config = properties.config_of(variant, **options)
+            experience = properties.prepared(experience, config)
+            returned |= properties.output_of(policy, values, experience, config).metrics.keys()
+    assert sorted(own_metrics(method)) == sorted(returned)
 
 
 def test_the_run_folder_holds_what_the_readme_lists(place: Path) -> None:
@@ -279,6 +324,129 @@ def test_named_tests_and_files_exist() -> None:
                 continue
             checked += 1
     assert checked >= 20
+
+
+# -- The pages of the methods ------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_its_page_and_every_page_a_method() -> None:
+    assert {path.name for path in OVERVIEW.parent.iterdir()} == {"README.md", *(f"{name}.md" for name in ALGORITHMS)}
+    for path, heading, folder in ((OVERVIEW, "Algorithms", ""), (README, "Methods", "docs/algorithms/")):
+        first_column = "method" if path == OVERVIEW else "`algorithm`"
+        linked = [row[0] for row in table(path, heading, first_column)]
+        assert sorted(linked) == sorted(f"[`{name}`]({folder}{name}.md)" for name in ALGORITHMS)
+
+
+def by_method(heading: str) -> dict[str, list[str]]:
+    """The cells of the overview's table under a heading, for each method; several may share a row."""
+    rows = table(OVERVIEW, heading, "method")
+    return {name: cells for first, *cells in rows for name in named(first) if name in ALGORITHMS}
+
+
+def test_the_overview_has_every_method_in_every_table() -> None:
+    headings = re.findall(r"^#+ (.*)$", OVERVIEW.read_text("utf-8"), re.MULTILINE)
+    with_table = [h for h in headings if h not in ("Notation", "Metrics")]
+    assert {heading: sorted(by_method(heading)) for heading in with_table} == dict.fromkeys(with_table, sorted(PAGES))
+
+
+def test_what_the_overview_says_that_methods_need_is_what_the_configuration_asks() -> None:
+    for name, (least, values, reads, shift, truncation, no_beta, replay) in by_method(
+        "What each needs, and what it allows"
+    ).items():
+        method = METHODS[name]
+        assert least == ("the dataset's 2" if method.offline else str(method.min_generations)), name
+        assert values == ("yes" if method.has_values else "no"), name
+        assert ("scored" in reads or "preferences" in reads) == (method.offline or name == "copg"), name
+        assert shift == ("changes no bit" if properties.TABLE[name].shift else "matters"), name
+        assert truncation == ("allowed" if method.any_sampler or method.offline else "refused"), name
+        assert no_beta == ("refused" if method.needs_beta else "allowed"), name
+        assert replay == ("yes" if method.replays else "no"), name
+
+
+def test_the_overview_has_the_known_multiples_of_the_gradient() -> None:
+    for name, (_, multiple) in by_method("The gradient at ratio 1").items():
+        known = properties.TABLE[name].at_ratio_one
+        assert (multiple == f"{known:g}") if known is not None else not multiple.isdigit(), name
+
+
+def test_the_overview_counts_the_passes_over_the_model() -> None:
+    for name, (sampling, _, old, update) in by_method("Passes over the model, and memory").items():
+        assert (sampling == "none") == (METHODS[name].offline or name == "copg"), name  # copg's last row: offline
+        assert (old == "free, or 1") == (not ALGORITHMS[name].prepares_from_old), name
+        assert ("values" in update) == METHODS[name].has_values, name
+        assert ("m" in update.split()[-1]) == (METHODS[name].replays and name != "copg"), name
+
+
+def test_the_weights_of_the_overview_are_the_gradients() -> None:
+    """Of methods that no other test of gradients covers as a formula in terms of pairs and tokens."""
+    policy, values, experience = properties.collected(drift=0.0)
+    experience = properties.with_fields(experience, old_logprobs=policy.detach())
+    mask = experience.completions.completion_mask
+    token_logratio = torch.where(mask, policy.detach() - experience.ref_logprobs, 0)
+    u, r, beta = token_logratio.sum(-1), experience.rewards, properties.BETA
+    du, dr = u[:, 0] - u[:, 1], r[:, 0] - r[:, 1]
+    length = mask.sum(-1, keepdim=True)
+    pair = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    sign = dr.sign()[:, None] * pair / (1 + 1e-4 / (dr.abs() / 2))[:, None]
+    weights = {
+        "online_dpo": (beta * (dr.sigmoid() - (beta * du).sigmoid()))[:, None, None] * pair[:, None],
+        "online_ipo": (2 / beta * (dr.sigmoid() - 0.5 - beta * du))[:, None, None] * pair[:, None],
+        "dpo": (beta * (1 - (beta * du).sigmoid()))[:, None, None] * pair[:, None],
+        "ipo": (2 / beta * (0.5 - beta * du))[:, None, None] * pair[:, None],
+        "grpo": (sign[..., None] - beta + beta / token_logratio.exp()) / 2 / length,
+        "raft": (r == r.amax(-1, keepdim=True)).double()[..., None],
+    }
+    for name, weight in weights.items():
+        found = -properties.gradients(policy, values, experience, properties.config_of(name))[0]
+        expected = torch.where(mask, weight.expand(mask.shape), 0) / len(r)  # the mean over prompts
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def page_commands(method: str) -> list[list[str]]:
+    return [words for words in commands(PAGES[method]) if words[:2] == ["pairtune", "train"]]
+
+
+@pytest.mark.parametrize("method", PAGES)
+def test_the_commands_of_a_page_are_of_its_method_and_leave_nothing_to_warn_of(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert page_commands(method)
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    for words in page_commands(method):
+        flags = dict(zip((word.removeprefix("--") for word in words[2::2]), words[3::2], strict=True))
+        config = load_config(TrainConfig, flags.pop("config"), flags)
+        assert config.algorithm == method
+        assert warnings_for(config) == [], shlex.join(words)
+        assert config.output_dir != "runs/demo"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", PAGES)
+def test_the_commands_of_a_page_train(
+    method: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("vaderSentiment")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    small = {"model": model_folder, "max_steps": 2, "trainable_layers": 1, "num_eval_prompts": 2, "batch_size": 2}
+    for words in page_commands(method):
+        if "--dataset" in words:
+            [rows] = blocks(PAGES[method], "jsonl")
+            (tmp_path / words[words.index("--dataset") + 1]).write_text(rows.text)
+        less = small | ({"minibatch_size": 1} if "--minibatch_size" in words else {})
+        shrunk = list(takewhile(lambda word: word != "--output_dir", words[1:]))
+        place = words[words.index("--output_dir") + 1]
+        flags = [word for key, value in less.items() for word in (f"--{key}", str(value))]
+        kept = [word for word in without(shrunk, less) if word]
+        assert main([*kept, *flags, "--output_dir", place]) == 0
+        assert len(lines(tmp_path / place, "metrics.jsonl")) == 2
+
+
+def without(words: list[str], keys: dict[str, Any]) -> list[str]:
+    """A command without its flags of these settings."""
+    given = [i for i, word in enumerate(words) if word.removeprefix("--") in keys and word.startswith("--")]
+    return [word for i, word in enumerate(words) if i not in given and i - 1 not in given]
 
 
 # -- Figures -----------------------------------------------------------------------------------------------------------

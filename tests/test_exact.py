@@ -22,7 +22,6 @@ from pairtune.evidence import exact
 from pairtune.evidence.exact import (
     EnumerableTask,
     best_of_n,
-    best_of_n_kl,
     exact_values,
     gradient_law,
     objective_gradient,
@@ -35,6 +34,7 @@ from pairtune.evidence.exact import (
     watched_reward_func,
 )
 from pairtune.maths.advantages import MovingAverage
+from pairtune.maths.kl import best_of_n_kl
 from pairtune.models.loading import load_policy
 from pairtune.models.logprobs import Scorer, can_share_prefix, check_head
 from pairtune.models.sampler import HFSampler, SamplingParams

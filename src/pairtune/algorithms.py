@@ -274,9 +274,14 @@ def _online_section(config: TrainConfig) -> OnlinePreferenceConfig:
 def _online_prepare(experience: Experience, config: TrainConfig, state: MethodState) -> Targets:
     """Labels of all pairs; one that is drawn stays as it is for all passes and all replays of its batch."""
     kind = _online_section(config).labels
-    labels, mask = preference.preference_labels(
-        experience.rewards, "hard" if kind == "hard" else "expected", mask=experience.reward_mask
-    )
+    if experience.preferences is not None:  # a judge has said how likely: used as it is, or drawn from
+        labels, mask = preference.pair_preferences(experience.preferences, experience.reward_mask)
+        if kind == "hard":
+            labels, mask = (labels > 0.5).to(labels), mask & (labels != 0.5)
+    else:
+        labels, mask = preference.preference_labels(
+            experience.rewards, "hard" if kind == "hard" else "expected", mask=experience.reward_mask
+        )
     if kind == "sampled":
         rows = _given(experience.rows, "dataset rows to draw labels for").cpu()[:, None]
         # One counter fewer than the sampler's, so the two never share a number.

@@ -45,6 +45,7 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "sft": Verb("fine-tune a model on completions, conversations or text", "pairtune.stages.sft", "sft", "SFTConfig"),
+    "reward": Verb("learn a reward model from comparisons", "pairtune.stages.reward", "reward", "RewardConfig"),
     "train": Verb("align a model from relative feedback", "pairtune.stages.rl", "train", "TrainConfig"),
     "evaluate": Verb(
         "measure a model on held-out prompts: reward, KL, length, each with its interval",

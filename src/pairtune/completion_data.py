@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pairtune.data import (
+    HUMAN,
     Chat,
     PromptDataset,
     PromptFormat,
@@ -40,13 +41,14 @@ from pairtune.types import Completions, Prompt, Prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pairtune.config import SFTConfig, TrainConfig
+    from pairtune.config import RewardConfig, SFTConfig, TrainConfig
 
 IDENTICAL = "chosen and rejected are identical"
 DIFFERENT_EARLIER = "chosen and rejected differ before the assistant's last turn"
 EMPTY = "a completion is empty"
 NOT_ONE_TURN = "a completion is not one turn of the assistant"
 TOO_FEW = "fewer than two scored completions"
+ONE_RANK = "all its completions have one rank"
 NO_PROMPT = "there is no prompt before the completion"
 EMPTY_TEXT = "a text is empty"
 NO_TURN = "no turn of the assistant has text and something before it"
@@ -116,6 +118,20 @@ def encode_completions(
         _ended(ids, end_ids, eos_token_id, max_completion_length) for ids in _ids_behind(prompt_format, openings, texts)
     )
     return [[next(encoded) for _ in group] for group in completions]
+
+
+def answer_end(raw: RawPrompts, tokenizer: PreTrainedTokenizerBase, *, chat: Chat = "auto") -> list[int]:
+    """The ids that a finished answer ends with: the token that ends it, EOS or what the chat template closes the
+    assistant's turn with, then what the template writes behind that (a newline, for many).
+
+    Raises PairtuneError where `encode_completions` does.
+    """
+    _, closing = _around_answer(raw.format(tokenizer, chat=chat), raw.prompts[0], raw.place(0))
+    closing_id = _special_token(tokenizer, closing)
+    if closing_id is None:  # plain text, or a template that closes a turn with plain text
+        return [eos_of(tokenizer)]
+    ids = list(tokenizer(closing, add_special_tokens=False)["input_ids"])
+    return ids[ids.index(closing_id) :]
 
 
 def eos_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -274,7 +290,21 @@ def load_preferences(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, da
 
     Raises PairtuneError for whatever else is wrong with the data, and if nothing is left.
     """
-    rows, name = _training_rows(config, dataset)
+    return encode_preferences(*training_rows(config, dataset), config, tokenizer)
+
+
+def encode_preferences(
+    rows: list[Row],
+    name: str,
+    config: TrainConfig | RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cut_dialogues: bool = False,
+) -> OfflineDataset:
+    """Rows as groups of two; see `load_preferences`.
+
+    With `cut_dialogues` a dialogue longer than max_prompt_length loses its oldest turns, see `without_oldest_turns`.
+    """
     for column in ("chosen", "rejected"):
         if column not in columns_of(rows):
             raise missing_column(column, rows, name, "preferences have `chosen` and `rejected`.")
@@ -304,7 +334,60 @@ def load_preferences(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, da
             groups.append(_Group(checked_prompt(prompt, place), number, row, answers, [1.0, 0.0]))
     used = (config.prompt_column, "chosen", "rejected")
     others = [column for column in columns_of(rows) if column not in used]
-    return _encoded(groups, left_out, others, name, config, tokenizer)
+    return _encoded(groups, left_out, others, name, config, tokenizer, cut_dialogues=cut_dialogues)
+
+
+def encode_rankings(
+    rows: list[Row],
+    name: str,
+    config: RewardConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    cut_dialogues: bool = False,
+) -> OfflineDataset:
+    """Ranked completions, tokenised: one group a row, each completion rewarded with minus its rank.
+
+    A row has a prompt in `prompt_column` and lists of equal length in `completions` and `ranks`: whole numbers, the
+    smallest is the best, equal ones are tied. Ranks of two rows are never compared, not even of one prompt.
+
+    Left out, counted and told in `notes`: completions that are empty or not one turn of the assistant, prompts with
+    fewer than two completions, with nothing but copies of one or with all of one rank, and prompts longer than
+    max_prompt_length (with `cut_dialogues` only what is longer without its oldest turns).
+
+    Raises PairtuneError for whatever else is wrong with the data, and if nothing is left.
+    """
+    for column in (config.prompt_column, "completions", "ranks"):
+        if column not in columns_of(rows):
+            raise missing_column(column, rows, name, "rankings have `prompt`, `completions` and `ranks`.")
+    groups: list[_Group] = []
+    left_out: Counter[tuple[str, str]] = Counter()
+    for number, row in enumerate(rows):
+        place = f"row {number} of {name}"
+        prompt = checked_prompt(row.get(config.prompt_column), place)
+        group = _Group(prompt, number, row, [], [])
+        completions, ranks = row.get("completions"), row.get("ranks")
+        if not (isinstance(completions, list) and isinstance(ranks, list) and len(completions) == len(ranks)):
+            raise PairtuneError(
+                f"{place}: `completions` and `ranks` must be lists of equal length, "
+                f"not {_described(completions)} and {_described(ranks)}."
+            )
+        for completion, rank in zip(completions, ranks, strict=True):
+            checked_rank = _whole(rank, place)
+            answer = _answer(completion, prompt, f"{place}: `completions`")
+            if answer is None:
+                left_out["completion", NOT_ONE_TURN] += 1
+            elif not answer.strip():
+                left_out["completion", EMPTY] += 1
+            else:
+                group.completions.append(answer)
+                group.rewards.append(-checked_rank)
+        if len(group.completions) > 1 and len(set(group.rewards)) == 1:
+            left_out["prompt", ONE_RANK] += 1
+        else:
+            groups.append(group)
+    used = (config.prompt_column, "completions", "ranks")
+    others = [column for column in columns_of(rows) if column not in used]
+    return _encoded(groups, left_out, others, name, config, tokenizer, cut_dialogues=cut_dialogues)
 
 
 def load_scored(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dataset: Any = None) -> OfflineDataset:
@@ -320,7 +403,7 @@ def load_scored(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dataset
     Raises PairtuneError for whatever else is wrong with the data, a reward that is no finite number among it, and if
     nothing is left.
     """
-    rows, name = _training_rows(config, dataset)
+    rows, name = training_rows(config, dataset)
     column_names = columns_of(rows)
     in_lists = "completions" in column_names and "completion" not in column_names
     completion_column, reward_column = ("completions", "rewards") if in_lists else ("completion", "reward")
@@ -370,7 +453,8 @@ class _Group:
     rewards: list[float]
 
 
-def _training_rows(config: TrainConfig | SFTConfig, dataset: Any) -> tuple[list[Row], str]:
+def training_rows(config: TrainConfig | SFTConfig | RewardConfig, dataset: Any = None) -> tuple[list[Row], str]:
+    """The rows of the training split, of `dataset` or else the configuration's, and what to call them."""
     source = config.dataset if dataset is None else dataset
     variant = config.dataset_config if dataset is None else None
     return load_dataset_rows(source, split=config.dataset_train_split, config=variant), dataset_name(source)
@@ -406,6 +490,15 @@ def _finite(reward: Any, place: str) -> float:
     )
 
 
+def _whole(rank: Any, place: str) -> float:
+    """A rank that is a whole number, by value: 2.0 is one too."""
+    if isinstance(rank, int | float) and not isinstance(rank, bool) and abs(rank) <= 2**24 and rank == int(rank):
+        return float(rank)
+    raise PairtuneError(
+        f"{place}: the rank {shortened(rank)} is not a whole number; write 1 for the best, 2 for the next, and so on."
+    )
+
+
 def _described(value: Any) -> str:
     if value is None:
         return "missing"
@@ -417,8 +510,10 @@ def _encoded(
     left_out: Counter[tuple[str, str]],
     columns: list[str],
     name: str,
-    config: TrainConfig,
+    config: TrainConfig | RewardConfig,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    cut_dialogues: bool = False,
 ) -> OfflineDataset:
     """The groups that can be learned from, as token ids. `left_out` counts (unit, reason) so far."""
 
@@ -430,6 +525,14 @@ def _encoded(
         return kept
 
     groups = keep([group for group in groups if len(group.completions) > 1], groups, TOO_FEW)
+    num_shortened = 0
+    if cut_dialogues:
+        whole = _raw(groups, [], name)
+        prompts = without_oldest_turns(
+            whole, whole.format(tokenizer, chat=config.chat, system_prompt=config.system_prompt), config.max_prompt_length
+        )
+        num_shortened = sum(prompt != group.prompt for prompt, group in zip(prompts, groups, strict=True))
+        groups = [replace(group, prompt=prompt) for prompt, group in zip(prompts, groups, strict=True)]
     encoded = encode_completions(
         _raw(groups, [], name),
         [group.completions for group in groups],
@@ -448,10 +551,46 @@ def _encoded(
     rewards_of = {group.number: group.rewards for group in groups}
     completions = [encoded_of[number] for number in prompt_dataset.numbers]
     notes = [*_told(left_out), *prompt_dataset.notes]
+    if num_shortened:
+        notes.append(f"{_counted(num_shortened, 'dialogue')} longer than max_prompt_length lost their oldest turns")
     if num_cut := sum(completion.truncated for group in completions for completion in group):
         notes.append(f"{_counted(num_cut, 'completion')} cut at max_completion_length={config.max_completion_length}")
     rewards = [rewards_of[number] for number in prompt_dataset.numbers]
     return OfflineDataset(prompt_dataset, completions, rewards, notes)
+
+
+def without_oldest_turns(raw: RawPrompts, prompt_format: PromptFormat, max_prompt_length: int) -> list[Prompt]:
+    """The prompts, where dialogues of more than `max_prompt_length` tokens have lost as many of their oldest turns as
+    it takes, and all but the last turn of the user at most.
+
+    A dialogue is a conversation, whose system turn stays, or a string in the markup of the HH datasets. What it still
+    begins with is a turn of the user. Other text stays as it is: half a question is another question.
+    """
+    prompts = list(raw.prompts)
+    remaining = range(len(prompts))
+    while remaining:
+        texts = [prompt_format.text(prompts[row], raw.place(row)) for row in remaining]
+        lengths = map(len, prompt_format.token_ids(texts))
+        shorter = {
+            row: _without_first_exchange(prompts[row])
+            for row, length in zip(remaining, lengths, strict=True)
+            if length > max_prompt_length
+        }
+        remaining = [row for row, prompt in shorter.items() if prompt is not None]
+        for row in remaining:
+            prompts[row] = shorter[row]
+    return prompts
+
+
+def _without_first_exchange(prompt: Prompt) -> Prompt | None:
+    """A dialogue from the user's second turn on; None where there is none."""
+    if isinstance(prompt, str):
+        marker = f"\n\n{HUMAN}"
+        second = prompt.find(marker, 1) if dialogue_prompt(prompt) == prompt else -1
+        return prompt[second:] if second > 0 else None
+    asked = [place for place, turn in enumerate(prompt) if turn["role"] == "user"]
+    system = prompt[:1] if prompt[0]["role"] == "system" else []
+    return [*system, *prompt[asked[1] :]] if len(asked) > 1 else None
 
 
 def _raw(groups: list[_Group], columns: list[str], name: str) -> RawPrompts:
@@ -511,13 +650,13 @@ def load_examples(
 
     Raises PairtuneError for whatever is wrong with the data, and if nothing is left to learn.
     """
-    train = encode_examples(*_training_rows(config, train_dataset), config, tokenizer)
+    train = encode_examples(*training_rows(config, train_dataset), config, tokenizer)
     held_out = held_out_rows(config, train_dataset=train_dataset, eval_dataset=eval_dataset)
     return train, None if held_out is None else encode_examples(*held_out, config, tokenizer)
 
 
 def held_out_rows(
-    config: SFTConfig, *, train_dataset: Any = None, eval_dataset: Any = None
+    config: SFTConfig | RewardConfig, *, train_dataset: Any = None, eval_dataset: Any = None
 ) -> tuple[list[Row], str] | None:
     """The held-out rows and what to call them; None where `dataset_test_split` is null and no dataset is passed in.
 

@@ -255,6 +255,18 @@ class RewardWords(Words):
         return self
 
 
+class PreferenceWords(Words):
+    """Which of two is better, where a function says that and not how good each is."""
+
+    topic = "reward"
+
+    preference_func: Annotated[str, Field(min_length=1)] | None = None
+    """Feedback of training in place of rewards: a function (named as in reward_funcs) that gives the probability that
+    the first of two completions is better; reward_funcs then judge the held-out completions alone."""
+    preference_rewards: Literal["logits", "margins"] = "logits"
+    """Rewards from preferences, for methods that need rewards: a row's mean of log-odds, or of 2 p - 1."""
+
+
 class SamplingWords(Words):
     """How completions are drawn."""
 
@@ -555,6 +567,7 @@ class TrainConfig(
     TrainPromptWords,
     ChatWords,
     RewardWords,
+    PreferenceWords,
     SamplingWords,
     AlgorithmWords,
     OptimizerWords,
@@ -682,6 +695,67 @@ class SFTConfig(ModelWords, PromptWords, TrainPromptWords, ChatWords, Supervised
         return self
 
 
+class RewardLearningConfig(Words):
+    """Knobs of reward learning."""
+
+    topic = "reward"
+
+    loss: Literal["plackett_luce", "pairwise"] = "plackett_luce"
+    """What rankings are learned by: the likelihood of the ranking, or Bradley-Terry averaged over a prompt's pairs. For
+    pairs both are Bradley-Terry."""
+    centring: NonNegativeFloat = 0.0
+    """Weight of (chosen + rejected)^2, which pulls a pair's mean reward to 0 (trl advises 0.01); 0: maximum
+    likelihood."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of the pairs' labels taken to be wrong."""
+    normalise_mean: bool = False
+    """Shift rewards so that up to 512 of the best training completions have mean 0. The shift is a number in the saved
+    config that only pairtune reads: the model's class has no bias."""
+
+
+class RewardConfig(ModelWords, PromptWords, TrainPromptWords, ChatWords, SupervisedWords):
+    """Everything `pairtune reward` can be told."""
+
+    topic = "prompts"
+
+    model: Annotated[str, Field(min_length=1)]
+    """Where the reward model starts: a language model (a hub id, a local folder, a run folder, or
+    `smollm2-135m-instruct-q4`), which gets a fresh head, or a reward model, which keeps its own."""
+    dataset: Annotated[str, Field(min_length=1)]
+    """Comparisons: a hub id, a folder, or a .jsonl, .json or .parquet file with `chosen` and `rejected` (`prompt` may
+    be implicit), or with `prompt`, `completions` and `ranks`."""
+    dataset_test_split: str | None = "test"
+    """Split of the held-out comparisons; null: no held-out evaluation."""
+    max_prompt_length: PositiveInt = 512
+    """Tokens; rows with a longer prompt are left out and counted, but see `cut_dialogues`."""
+    dataset_train_split: str = "train"
+    """Split of the training comparisons."""
+    eval_dataset: str | None = None
+    """Another dataset for the held-out comparisons (its `dataset_test_split`); null: the same as `dataset`."""
+    cut_dialogues: bool = True
+    """A dialogue with a longer prompt loses its oldest turns, never the last one; false: it is left out."""
+    max_completion_length: PositiveInt = 512
+    """Tokens; a longer completion is cut to its beginning and scored without an end-of-sequence token."""
+    margin_column: str | None = "margin"
+    """Column, where there is one, with the reward by which a chosen completion should lead; null: not read."""
+    probability_column: str | None = "probability"
+    """Column, where there is one, with the probability that the chosen completion is better; null: not read."""
+    num_eval_examples: PositiveInt | None = None
+    """Held-out rows to evaluate on; null: all."""
+    reward: RewardLearningConfig = Field(default_factory=RewardLearningConfig)
+    """Knobs of reward learning."""
+    learning_rate: NonNegativeFloat = 1e-5
+    """Step size of AdamW at the end of the warm-up."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/reward"
+    """Run folder: configuration, logs, checkpoints, reward_report.json."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RewardConfig:
+        if sentences := list(_run_contradictions(self)):
+            raise PairtuneError("\n".join(sentences))
+        return self
+
+
 class EvaluateConfig(ModelWords, PromptWords, ChatWords, RewardWords, SamplingWords, EvaluationWords):
     """Everything `pairtune evaluate` can be told."""
 
@@ -716,6 +790,7 @@ ConfigT = TypeVar("ConfigT", bound=Words)
 VERB_OF: dict[type[Words], str] = {
     TrainConfig: "train",
     SFTConfig: "sft",
+    RewardConfig: "reward",
     EvaluateConfig: "evaluate",
     SampleConfig: "sample",
 }
@@ -745,6 +820,14 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"replay is {config.replay}, but {name} {why}; set it to 0, or take {methods}."
     if config.offline and config.scale_rewards == "running":
         yield f"scale_rewards is running, but {name} takes its rewards from the dataset; set it to none."
+    if config.preference_func is not None:
+        if config.offline:
+            yield f"preference_func is {_show(config.preference_func)}, but {name} reads a dataset; set it to null."
+        if config.num_generations < 2:
+            yield "num_generations is 1, but preference_func compares two completions of a prompt; give 2 or more."
+        for key in ("missing_eos_penalty", "scale_rewards"):
+            if (value := getattr(config, key)) not in (None, "none"):
+                yield f"{key} is {value}, but with preference_func there are no rewards to change; leave it out."
     if config.minibatch_size is not None and config.batch_size % config.minibatch_size:
         yield (
             f"minibatch_size is {config.minibatch_size}, which does not divide batch_size {config.batch_size}; "

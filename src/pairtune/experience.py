@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pairtune.config import TrainConfig
 from pairtune.data import shard
+from pairtune.feedback.preferences import PreferenceSet
 from pairtune.feedback.rewards import RewardSet
 from pairtune.models.loading import LoadedPolicy
 from pairtune.models.logprobs import Layout
@@ -114,13 +115,13 @@ def collect(
     *,
     policy: LoadedPolicy,
     sampler: Sampler,
-    rewards: RewardSet,
+    feedback: RewardSet | PreferenceSet,
     config: TrainConfig,
     step: int,
     policy_version: int,
     phase: Phase,
 ) -> Collected:
-    """One batch of experience: K completions of each prompt, their rewards, and the reference's log-probabilities."""
+    """One batch of experience: K completions of each prompt, their feedback, and the reference's log-probabilities."""
     with phase("sample", "sampling", config.max_completion_length) as advance:
         completions = sampler.generate(
             prompts,
@@ -134,7 +135,7 @@ def collect(
     with phase("score", "scoring"):
         texts = decode(policy.tokenizer, completions)
         state = SimpleNamespace(global_step=step, max_steps=config.max_steps)
-        scores = rewards.score(prompts, completions, texts, trainer_state=state)
+        scores = feedback.score(prompts, completions, texts, trainer_state=state)
     with phase("ref_logprobs", "reference log-probabilities"):
         layout = policy.scorer.layout(completions)
         cuts = first_pass(config, len(prompts), policy.device)
@@ -145,6 +146,7 @@ def collect(
         rewards=scores.rewards.to(policy.device),
         reward_mask=scores.reward_mask.to(policy.device),
         ref_logprobs=ref_logprobs,
+        preferences=None if scores.preferences is None else scores.preferences.to(policy.device),
         rows=prompts.rows,
         step=step,
     )

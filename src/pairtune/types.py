@@ -121,6 +121,9 @@ class Experience:
     old_values: Tensor | None = None
     """(P, K, T) float32, reward units, the value function's before each token when the batch was collected; 0 where
     masked. None for a method without a value function."""
+    preferences: Tensor | None = None
+    """(P, K, K) float32, a judge's probability that the row's completion beats the column's; NaN where a pair does not
+    count. None where the feedback is rewards."""
     targets: Targets = Targets()
     """What the method's `prepare` made of all this."""
     rows: Tensor | None = None
@@ -137,6 +140,7 @@ class Experience:
             ref_logprobs=self.ref_logprobs[prompts],
             old_logprobs=None if self.old_logprobs is None else self.old_logprobs[prompts],
             old_values=None if self.old_values is None else self.old_values[prompts],
+            preferences=None if self.preferences is None else self.preferences[prompts],
             targets=self.targets.select(prompts),
             rows=None if self.rows is None else self.rows[prompts],
             step=self.step,

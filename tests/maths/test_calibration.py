@@ -78,7 +78,10 @@ def test_an_interval_has_a_width_where_all_are_right() -> None:
     assert high == pytest.approx(1 - accuracy(torch.ones(30)).low)
     mean, low, high = accuracy(torch.zeros(30))  # ties do not vary, and are no certainty either
     assert mean == 0.5
-    assert 0.3 < low < 0.5 < high < 0.7
+    assert (low, high) == pytest.approx((1 - high, 0.66846), abs=1e-4)
+    # Of every two of a prompt one is right: not taken for more than 30 pairs either.
+    balanced = accuracy(double(*[1, -1] * 15), prompts=torch.arange(30) // 2)
+    assert balanced == pytest.approx((mean, low, high))
 
 
 @pytest.mark.parametrize("truth, num_pairs", [(0.63, 60), (0.95, 40)])
@@ -162,8 +165,10 @@ def test_the_temperature_where_none_is_the_most_likely() -> None:
     # Little is known of a hint of an opinion: it may well be worth nothing.
     mean, low, high = fitted_temperature(double(1, 1, 1, -1, -1))
     assert 0 < low < mean < high == inf
-    mean, low, high = fitted_temperature(double(-1, -1, -1, 1, 1))
-    assert 0 < low < mean == high == inf
+    # The same in a mirror: 1 / T is negative, and its interval reaches above 0 by half a width less |1 / T|.
+    mirrored = fitted_temperature(double(-1, -1, -1, 1, 1))
+    assert mirrored.mean == mirrored.high == inf
+    assert mirrored.low == pytest.approx(1 / ((1 / low - 1 / mean) - 1 / mean))
 
 
 def test_the_search_for_a_temperature_ends() -> None:
@@ -243,6 +248,8 @@ def test_correlations_by_hand() -> None:
     assert abs(pearson(x, -2 * x + 3)) <= 1
     # Ranks 1.5, 1.5, 3 and 1, 2, 3.
     assert spearman(double(5, 5, 9), double(0, 1, 2)) == pytest.approx(1.5 / math.sqrt(1.5 * 2), rel=1e-12)
+    # Ranks 1, 3, 3, 3, 5 and 1 to 5.
+    assert spearman(double(1, 2, 2, 2, 3), double(1, 2, 3, 4, 5)) == pytest.approx(8 / math.sqrt(8 * 10), rel=1e-12)
     assert math.isnan(pearson(x, torch.ones(4)))
     assert math.isnan(spearman(double(1), double(1)))
     assert pearson(torch.tensor([1, 2, 4]), torch.tensor([1, 2, 4])) == pytest.approx(1)  # lengths are integers
@@ -327,6 +334,31 @@ def test_an_evaluation_holds_what_its_parts_say() -> None:
     assert alone.accuracy == accuracy(d)
 
 
+def test_pairs_that_a_prompt_repeats_change_no_interval() -> None:
+    chosen, rejected, *lengths = example(80)
+    pairs = [chosen, rejected, 2 * lengths[0], 2 * lengths[1] + 1]
+    once = evaluate_pairs(*pairs, margins=torch.arange(80) % 4)
+    four_times = [x.repeat(4) for x in pairs]
+    prompts = torch.arange(80).flip(0).repeat(4)
+    again = evaluate_pairs(*four_times, margins=torch.arange(320) % 4, prompts=prompts)
+    assert (again.num_pairs, again.num_prompts) == (320, 80)
+    for name in ("accuracy", "temperature"):
+        assert getattr(again, name) == pytest.approx(getattr(once, name), rel=1e-9)
+    for some in ("reliability", "by_margin"):
+        before, after = ([one.accuracy for one in getattr(report, some)] for report in (once, again))
+        assert after == [pytest.approx(interval, rel=1e-9) for interval in before]
+    for name in ("chosen_longer", "chosen_shorter", "longer_wins", "shorter_wins"):
+        interval = getattr(once.length, name).accuracy
+        assert getattr(again.length, name).accuracy == pytest.approx(interval, rel=1e-9)
+    # The bootstrap draws other prompts, for they stand in another order.
+    for name in ("longer_wins", "shorter_wins"):
+        before, after = (getattr(report.length, name).model_minus_baseline for report in (once, again))
+        assert after.mean == pytest.approx(before.mean)
+        assert after.high - after.low == pytest.approx(before.high - before.low, rel=0.1)
+    before, after = once.log_likelihood, again.log_likelihood
+    assert after.high - after.low == pytest.approx(before.high - before.low, rel=0.1)
+
+
 def test_a_constant_a_prompt_changes_what_it_may() -> None:
     pairs = [torch.round(8 * x) / 8 for x in example()[:2]] + example()[2:]
     shift = torch.arange(60) - 30
@@ -354,9 +386,13 @@ def test_swapping_a_pair_turns_right_into_wrong() -> None:
 def test_a_model_must_beat_both_baselines_by_their_intervals() -> None:
     chosen, rejected, *lengths = example(400)
     assert evaluate_pairs(chosen, rejected, *lengths).beats_length_baselines
-    shorter = lengths[1].double() - lengths[0]
-    assert not evaluate_pairs(shorter, torch.zeros(400), *lengths).beats_length_baselines
-    assert not evaluate_pairs(-shorter, torch.zeros(400), *lengths).beats_length_baselines
+    longer = torch.where(torch.arange(400) < 320, 1, -1)  # four of five times, the longer one is chosen
+    by_length = evaluate_pairs(longer.double(), torch.zeros(400), longer + 5, torch.full((400,), 5))
+    assert by_length.length.shorter_wins.model_minus_baseline.low > 0.4
+    assert not by_length.beats_length_baselines
+    by_shortness = evaluate_pairs(longer.double(), torch.zeros(400), 5 - longer, torch.full((400,), 5))
+    assert by_shortness.length.longer_wins.model_minus_baseline.low > 0.4
+    assert not by_shortness.beats_length_baselines
     assert not evaluate_pairs(chosen[:1], rejected[:1], *(x[:1] for x in lengths)).beats_length_baselines
 
 

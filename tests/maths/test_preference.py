@@ -352,3 +352,42 @@ def test_a_wrong_online_call_says_what_is_wrong(kind: str) -> None:
     for half in ({"old_logprobs": x}, {"epsilon": EPSILON}):
         with pytest.raises(ValueError, match="belong together"):
             ONLINE[kind](x, x, labels, beta=BETA, **half)
+
+
+# ------------------------------------------------------------------------------------------------------ from a judge
+
+
+def table(scores: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry's probabilities (..., K, K) of scores (..., K)."""
+    return (scores[..., :, None] - scores[..., None, :]).sigmoid()
+
+
+def test_a_judge_is_used_as_it_is() -> None:
+    judged = torch.tensor([[0.5, 0.9, nan], [0.1, 0.5, 0.25], [nan, 0.75, 0.5]])
+    labels = preference.pair_preferences(judged)
+    assert labels.probability.tolist() == pytest.approx([0.9, 0.5, 0.25])
+    assert labels.mask.tolist() == [True, False, True]
+    masked = preference.pair_preferences(judged, torch.tensor([True, True, False]))
+    assert masked.mask.tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="mask must be bool"):
+        preference.pair_preferences(judged, torch.ones(3))
+
+
+@pytest.mark.parametrize("num_completions", [2, 5])
+def test_rewards_of_bradley_terry_preferences_are_its_scores(num_completions: int) -> None:
+    scores = torch.linspace(-1, 1.2, 3 * num_completions, dtype=torch.float64).view(3, num_completions)
+    rewards = preference.preference_rewards(table(scores), "logits")
+    torch.testing.assert_close(rewards, scores - scores.mean(-1, keepdim=True))
+    margins = preference.preference_rewards(table(scores), "margins")
+    torch.testing.assert_close(margins, (2 * table(scores) - 1).mean(-1))
+
+
+def test_a_sure_judge_gives_no_infinite_reward() -> None:
+    sure = torch.tensor([[0.5, 1.0], [0.0, 0.5]])
+    expected = math.log(99) / 2
+    assert preference.preference_rewards(sure, "logits").tolist() == pytest.approx([expected, -expected], rel=1e-4)
+    assert preference.preference_rewards(sure, "margins").tolist() == [0.5, -0.5]
+    unsaid = torch.tensor([[0.5, nan], [nan, 0.5]])
+    assert preference.preference_rewards(unsaid, "logits").tolist() == [0, 0]
+    with pytest.raises(ValueError, match="rule must be 'logits' or 'margins', but it is 'wins'"):
+        preference.preference_rewards(sure, "wins")  # type: ignore[arg-type]

@@ -549,22 +549,6 @@ def best_of_n(task: EnumerableTask, ref_logprobs: Tensor, n: int) -> BestOfN:
     return BestOfN(stacked, (stacked * task.rewards).sum(-1), torch.stack(kl))
 
 
-def best_of_n_kl(selected_logprobs: Tensor, n: int) -> Tensor:
-    """An estimate of best-of-n's KL from what it selected, where nothing can be enumerated.
-
-    selected_logprobs: any shape, nats, the reference's of selected completions -> the same shape, to be averaged
-    (Beirami et al. 2024, arXiv 2401.01879). With e the probability of the selected completion, it is
-    (1-e)^n [log n + (n-1) log(1-e) - (n-1)/n] + (1 - (1-e)^n) log((1 - (1-e)^n) / e), and where e is small the familiar
-    log n - (n-1)/n, which is only an upper bound.
-    """
-    # Of a long completion nothing is left in floating point; the limit is reached long before.
-    e = selected_logprobs.double().exp().clamp(min=torch.finfo(torch.float64).tiny)
-    log_none = n * torch.log1p(-e)
-    none, some = log_none.exp(), -torch.expm1(log_none)
-    distinct = none * (torch.tensor(n).double().log() - (n - 1) / n) + torch.special.xlog1py((n - 1) * none, -e)
-    return distinct + some * (some / e).log()
-
-
 # --------------------------------------------------------------------------------------- gradients of a method, exactly
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pairtune.data import Chat, first_line, shortened
+from pairtune.completion_data import UNCUT, answer_end, encode_completions
+from pairtune.data import Chat, RawPrompts, first_line
 from pairtune.errors import PairtuneError
 from pairtune.types import Completions, Prompt, Prompts
 
@@ -17,15 +18,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+SHIFT = "pairtune_reward_shift"
+"""Field of a model's config with a number that is added to its scores: the class itself has no bias."""
+
+
 class RewardModel:
     """A Hugging Face sequence classifier with one label, read as a reward.
 
     Conversations, and plain prompts where `chat` says so ("always", or "auto" and its tokenizer has a chat template),
-    are scored as its own template writes them, with the completion as the assistant's turn. A template closes that turn
-    whether or not the completion was finished. Everything else is scored as plain text, prompt and completion joined,
-    with the reward tokenizer's EOS behind a completion that was finished and none behind one that the length cap ended:
-    that is what the model saw in training, and the two score differently. Where policy and reward model share a
-    vocabulary, plain text is not tokenised again: the model reads the very ids that the policy read and wrote.
+    are scored as its own template writes them, with the completion as the assistant's turn. Everything else is scored
+    as plain text, prompt and completion joined. A completion that was finished is closed, with what the template
+    closes a turn with or with the reward tokenizer's EOS; one that the length cap ended is not, and the two score
+    differently. So does `pairtune reward` show completions to the model that it trains, and their scores are the same
+    to the last rounding.
+
+    Where policy and reward model share the vocabulary and the template, nothing is tokenised again: the model reads
+    the very ids that the policy read and wrote. Its vocabulary may hold more than the policy's, such as a padding
+    token of its own.
     """
 
     def __init__(
@@ -36,9 +45,11 @@ class RewardModel:
         name: str = "reward_model",
         batch_size: int = 16,
         chat: Chat = "auto",
+        system_prompt: str | None = None,
         policy_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """`batch_size` is in completions. Without `policy_tokenizer` every completion is scored as text.
+        """`batch_size` is in completions; `system_prompt` is put before plain prompts that become conversations, as it
+        is for the policy. Without `policy_tokenizer` every completion is scored as text.
 
         Raises PairtuneError if the model has more than one label, no usable padding token, or, under `chat` "always",
         no chat template.
@@ -47,9 +58,13 @@ class RewardModel:
         if chat == "always" and not tokenizer.chat_template:
             raise PairtuneError(f"chat is `always`, but the tokenizer of reward model `{name}` has no chat template.")
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
-        self.batch_size, self.chat = batch_size, chat
+        self.batch_size, self.chat, self.system_prompt = batch_size, chat, system_prompt
+        self.shift = float(getattr(model.config, SHIFT, 0.0))
         self.pad_token_id = _choose_pad_token(model, tokenizer, name)
-        self.same_vocabulary = policy_tokenizer is not None and tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+        self.policy_tokenizer = policy_tokenizer
+        self.same_vocabulary = (
+            policy_tokenizer is not None and policy_tokenizer.get_vocab().items() <= tokenizer.get_vocab().items()
+        )
 
     @classmethod
     def from_pretrained(
@@ -126,43 +141,63 @@ class RewardModel:
             mask[row, : len(sequence)] = 1
         device = self.model.device
         logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-        return logits[:, 0].float().tolist()
+        return (logits[:, 0].float() + self.shift).tolist()
 
     def _sequences(self, prompts: Prompts, completions: Completions, texts: list[list[str]]) -> list[list[int]]:
         """What the model reads of each completion with its prompt, as token ids."""
-        conversational = not isinstance(prompts.prompts[0], str)
-        if conversational or self.chat == "always" or (self.chat == "auto" and self.tokenizer.chat_template):
-            return self._chat_sequences(prompts, texts)
         finished = (~completions.truncated).flatten().tolist()
-        if self.same_vocabulary:
-            return [self._closed(ids, done) for ids, done in zip(_sampled_ids(completions), finished, strict=True)]
+        raw = RawPrompts(
+            prompts.prompts, {}, f"the prompts of reward model `{self.name}`", numbers=prompts.rows.tolist()
+        )
+        if self.tokenizer.eos_token_id is None and not self._templated(self.tokenizer, prompts):
+            return self._joined(prompts, texts)
+        if self._reads_what_the_policy_reads(prompts):
+            end = answer_end(raw, self.tokenizer, chat=self.chat)
+            sampled = _sampled_ids(completions)
+            return [self._closed(ids, end) if done else ids for ids, done in zip(sampled, finished, strict=True)]
+        system_prompt = self.system_prompt
+        if not isinstance(raw.prompts[0], str) or not self._templated(self.tokenizer, prompts):
+            system_prompt = None  # it has nowhere to go
+        prompt_format = raw.format(self.tokenizer, chat=self.chat, system_prompt=system_prompt)
+        answers = encode_completions(
+            raw,
+            texts,
+            self.tokenizer,
+            chat=self.chat,
+            system_prompt=system_prompt,
+            max_completion_length=UNCUT,
+        )
+        end = answer_end(raw, self.tokenizer, chat=self.chat)
+        openings = [prompt_format.text(prompt, raw.place(row)) for row, prompt in enumerate(raw.prompts)]
+        behind = [
+            [*prompt_ids, *answer.ids]
+            for prompt_ids, group in zip(prompt_format.token_ids(openings), answers, strict=True)
+            for answer in group
+        ]
+        return [[*ids, *end[1:]] if done else ids[:-1] for ids, done in zip(behind, finished, strict=True)]
+
+    def _reads_what_the_policy_reads(self, prompts: Prompts) -> bool:
+        """Whether the policy's ids are those that this model was to read, vocabulary and template being the same."""
+        if self.policy_tokenizer is None or not self.same_vocabulary:
+            return False
+        templated, of_policy = (self._templated(t, prompts) for t in (self.tokenizer, self.policy_tokenizer))
+        same_template = self.tokenizer.chat_template == self.policy_tokenizer.chat_template
+        return templated == of_policy and (same_template or not templated)
+
+    def _templated(self, tokenizer: PreTrainedTokenizerBase, prompts: Prompts) -> bool:
+        conversational = not isinstance(prompts.prompts[0], str)
+        return conversational or self.chat == "always" or (self.chat == "auto" and bool(tokenizer.chat_template))
+
+    def _closed(self, ids: list[int], end: list[int]) -> list[int]:
+        """A finished completion behind its prompt, with what follows the token that ended it, and with that token too
+        where a stop string came instead."""
+        has_end = ids[-1] in self.tokenizer.all_special_ids or ids[-1] == end[0]  # a chat model has several
+        return [*ids, *end[1:]] if has_end else [*ids, *end]
+
+    def _joined(self, prompts: Prompts, texts: list[list[str]]) -> list[list[int]]:
+        """Plain text for an encoder, whose tokenizer closes a text in its own way."""
         joined = [f"{prompt}{text}" for prompt, group in zip(prompts.prompts, texts, strict=True) for text in group]
-        encoded = self.tokenizer(joined, return_attention_mask=False, verbose=False)["input_ids"]
-        eos = self.tokenizer.eos_token_id
-        if eos is None:  # an encoder's tokenizer, which has closed the text in its own way
-            return encoded
-        open_ended = [ids[:-1] if ids[-1] == eos else ids for ids in encoded]  # some tokenizers add an EOS unasked
-        return [[*ids, eos] if done else ids for ids, done in zip(open_ended, finished, strict=True)]
-
-    def _closed(self, ids: list[int], finished: bool) -> list[int]:
-        """Sampled ids as they are, with an EOS behind a completion that a stop string ended."""
-        eos = self.tokenizer.eos_token_id
-        has_eos = eos is None or ids[-1] in self.tokenizer.all_special_ids  # a chat model has several
-        return [*ids, eos] if finished and not has_eos else ids
-
-    def _chat_sequences(self, prompts: Prompts, texts: list[list[str]]) -> list[list[int]]:
-        rendered = []
-        for prompt, group in zip(prompts.prompts, texts, strict=True):
-            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            conversations = [[*turns, {"role": "assistant", "content": text}] for text in group]
-            try:
-                rendered += self.tokenizer.apply_chat_template(conversations, tokenize=False)
-            except Exception as error:  # templates are programs of their own and raise what they like
-                refusal = f"refuses the prompt {shortened(prompt)}: {first_line(error)}"
-                raise PairtuneError(f"the chat template of reward model `{self.name}` {refusal}") from error
-        # A template writes its special tokens itself, BOS included.
-        encoded = self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return encoded["input_ids"]
+        return self.tokenizer(joined, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def real_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:

@@ -71,6 +71,9 @@ class Scores:
     """`rewards/<name>/mean` and `/std` over the answers of this process, and what functions gave to `log_metric`."""
     extras: dict[str, list[Any]]
     """Columns that functions gave to `log_extra`: P * K values each, prompt-major."""
+    preferences: Tensor | None = None
+    """(P, K, K) float32, the probability that the row's completion beats the column's, NaN where a pair does not count;
+    None where the feedback is rewards."""
 
 
 class RewardSet:
@@ -434,6 +437,7 @@ def load_rewards(
             trust_remote_code=config.trust_remote_code,
             batch_size=config.reward_batch_size,
             chat=config.chat,
+            system_prompt=config.system_prompt,
             policy_tokenizer=tokenizer,
         )
         if isinstance(entry, str)

@@ -106,9 +106,9 @@ def best_of_n_kl(logprobs: Tensor, n: int) -> Tensor:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, but it is {n}")
-    logprobs = logprobs.double().clamp(max=0)
-    missed = torch.log1p(-logprobs.exp())
-    drawn = -torch.expm1(n * missed)
-    rarely = math.log(n) + (n - 1) * missed - (n - 1) / n
-    seldom = torch.where(drawn < 1, (1 - drawn) * rarely, 0)
-    return torch.where(logprobs < 0, seldom + drawn * (drawn.log() - logprobs), 0)
+    # Of a long completion's probability nothing is left in floating point; the limit is reached long before.
+    e = logprobs.double().clamp(max=0).exp().clamp(min=torch.finfo(torch.float64).tiny)
+    log_none = n * torch.log1p(-e)
+    none, some = log_none.exp(), -torch.expm1(log_none)
+    distinct = none * (math.log(n) - (n - 1) / n) + torch.special.xlog1py((n - 1) * none, -e)
+    return distinct + some * (some / e).log()

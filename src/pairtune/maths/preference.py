@@ -60,6 +60,40 @@ def preference_labels(rewards: Tensor, kind: Literal["hard", "expected"], *, mas
     return PairLabels((difference.sign() + 1) / 2, pair_mask & (difference != 0))
 
 
+PROBABILITY_EDGE = 0.01
+"""Probabilities are drawn in to this distance from 0 and 1 before their logits are taken."""
+
+
+def pair_preferences(preferences: Tensor, mask: Tensor | None = None) -> PairLabels:
+    """A judge's probabilities (..., K, K) that the row's completion beats the column's, as labels (..., M) of pairs.
+
+    They are used as they are; NaN says that a pair does not count. Only the entries above the diagonal are read.
+    `mask` (..., K) is True where a completion counts. Raises ValueError where the mask is not bool or its shape is
+    another.
+    """
+    mask = checked_mask(mask, preferences=preferences[..., 0])
+    i, j = pair_indices(preferences.shape[-1], preferences.device)
+    probability = preferences.detach()[..., i, j]
+    pair_mask = mask[..., i] & mask[..., j] & ~probability.isnan()
+    return PairLabels(torch.where(pair_mask, probability, 0.5), pair_mask)
+
+
+def preference_rewards(preferences: Tensor, rule: Literal["logits", "margins"]) -> Tensor:
+    """Rewards from probabilities that the row beats the column: (..., K, K) -> (..., K).
+
+    logits: the row's mean of log(p / (1 - p)), p drawn in to [0.01, 0.99]; where p = s(a_i - a_j) for some scores a,
+    it is a_i less their mean, so that a pair keeps its log-odds. margins: the row's mean of 2 p - 1, the chance to win
+    less the chance to lose. The mean includes the diagonal, which must be 1/2; what is NaN is left out. A row with
+    nothing but its diagonal gets 0. Raises ValueError on another rule.
+    """
+    if rule not in ("logits", "margins"):
+        raise ValueError(f"rule must be 'logits' or 'margins', but it is {rule!r}")
+    counted = ~preferences.isnan()
+    p = torch.where(counted, preferences.detach(), 0.5)
+    values = p.clamp(PROBABILITY_EDGE, 1 - PROBABILITY_EDGE).logit() if rule == "logits" else 2 * p - 1
+    return masked_mean(values, counted, -1)
+
+
 def sample_labels(probability: Tensor, uniforms: Tensor) -> Tensor:
     """Labels 1 and 0 drawn with `probability`, from as many numbers uniform in [0, 1): any shape -> the same shape.
 

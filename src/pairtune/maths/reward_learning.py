@@ -63,12 +63,11 @@ def bradley_terry_loss(
         rejected_rewards=rejected_rewards,
         **{name: x for name, x in given.items() if x is not None},
     )
+    # A pair that does not count loses its gradient here and its loss in the last line.
     difference = torch.where(mask, chosen_rewards, 0) - torch.where(mask, rejected_rewards, 0)
     if margin is not None:
-        difference = difference - torch.where(mask, margin.detach(), 0).to(difference.dtype)
-    label: Tensor | float = 1.0
-    if probability is not None:
-        label = torch.where(mask, probability.detach(), 1).to(difference.dtype)
+        difference = difference - margin.detach().to(difference.dtype)
+    label = torch.ones_like(difference) if probability is None else probability.detach().to(difference.dtype)
     label = (1 - label_smoothing) * label + label_smoothing * (1 - label)
     losses = -(label * F.logsigmoid(difference) + (1 - label) * F.logsigmoid(-difference))
     return torch.where(mask, losses, 0)
@@ -155,22 +154,21 @@ def _loss_with_ties(rewards: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
     not depend on the order before, so it is computed once for each of the 2^K sets, the small ones first:
     h(S) = log sum_i exp(r_i + h(S without i)) - log sum_j exp(r_j), i over the best ranked of S, j over S.
     """
-    # Any one reward of the prompt would do; with the largest, the sums stay small. In float64: the sums over orders
-    # nearly cancel.
-    shifted = rewards - torch.where(mask, rewards, -torch.inf).amax(-1, keepdim=True).detach()
-    shifted = torch.where(mask, shifted, 0).double()
+    # Against a reward of the prompt itself, so that a constant cancels; with the largest, the sums stay small.
+    rewards = rewards - torch.where(mask, rewards, -torch.inf).amax(-1, keepdim=True).detach()
+    rewards = torch.where(mask, rewards, 0)
     last = torch.iinfo(ranks.dtype).max
-    log_probability = shifted.new_zeros(len(shifted), 1)  # of the empty set
+    log_probability = rewards.new_zeros(len(rewards), 1)  # of the empty set
     for members, without in _subsets(rewards.shape[-1]):
         members, without = members.to(rewards.device), without.to(rewards.device)
-        r, counts, rank = shifted[:, members], mask[:, members], ranks[:, members]
+        r, counts, rank = rewards[:, members], mask[:, members], ranks[:, members]
         # Where none counts, let all: both sums are the same then, and their difference is 0.
         counts = counts | ~counts.any(-1, keepdim=True)
         rank = torch.where(counts, rank, last)
         next_one = counts & (rank == rank.amin(-1, keepdim=True))
         chosen = torch.where(next_one, r + log_probability[:, without], -torch.inf).logsumexp(-1)
         log_probability = chosen - torch.where(counts, r, -torch.inf).logsumexp(-1)
-    return -log_probability[:, 0].to(rewards.dtype)
+    return -log_probability[:, 0]
 
 
 @cache

@@ -480,6 +480,15 @@ def _narrow(module: nn.Module, _: Any, __: Any) -> None:
 
 def _top_layers(model: Any, shared: bool, trainable_layers: int) -> tuple[Scorer, Scorer]:
     """Train the last layers only; the reference shares everything below them, so the trunk runs once for both."""
+    train_last_layers(model, trainable_layers)
+    if not can_split(model, trainable_layers):
+        return Scorer(model, shared=shared), Scorer(frozen_copy(model), shared=shared)
+    scorer = Scorer(model, shared=shared, num_top_layers=trainable_layers)
+    return scorer, scorer.with_top(frozen_top(scorer.top))
+
+
+def train_last_layers(model: Any, trainable_layers: int) -> None:
+    """Let gradients reach the last decoder layers and the final norm, and nothing else."""
     decoder = body(model)
     layers = getattr(decoder, "layers", getattr(decoder, "h", None))
     if layers is None:
@@ -497,10 +506,6 @@ def _top_layers(model: Any, shared: bool, trainable_layers: int) -> tuple[Scorer
     norm = getattr(decoder, "norm", getattr(decoder, "ln_f", None))
     if norm is not None:
         norm.requires_grad_(True)
-    if not can_split(model, trainable_layers):
-        return Scorer(model, shared=shared), Scorer(frozen_copy(model), shared=shared)
-    scorer = Scorer(model, shared=shared, num_top_layers=trainable_layers)
-    return scorer, scorer.with_top(frozen_top(scorer.top))
 
 
 def _with_adapter(

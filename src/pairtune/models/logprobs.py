@@ -99,6 +99,19 @@ class Layout:
         """(n, H) of the hidden states (R, W, H): those that predict the n real completion tokens."""
         return states[self.hidden_rows(), self.source[self.mask]]
 
+    def at_end(self, states: Tensor) -> Tensor:
+        """(P, K, H) of the hidden states (R, W, H): those AT the last token of each completion, where a reward model
+        reads its score. Meaningless for a completion without tokens."""
+        # The last column of its segment, which is k + 1 for the k-th completion of a shared row and 1 in a row of its
+        # own. Not `source` + 1: the first token of a completion need not stand behind the token that predicts it.
+        num_generations = self.mask.shape[1]
+        per_row = num_generations if self.shared else 1
+        completion = torch.arange(1, per_row + 1, device=states.device)[:, None]
+        column = torch.arange(self.segments.shape[1], device=states.device)
+        last = ((self.segments[:, None] == completion) * column).amax(-1)  # (R, per_row)
+        rows = torch.arange(len(states), device=states.device)[:, None]
+        return states[rows, last].view(-1, num_generations, states.shape[-1])
+
     def spread(self, tokens: Tensor) -> Tensor:
         """(P, K, T) of what was computed for the n real completion tokens, (n,) in their order; 0 where masked."""
         empty = torch.zeros(self.mask.shape, dtype=tokens.dtype, device=tokens.device)

@@ -34,6 +34,7 @@ from pairtune.experience import (
     from_tensors,
     minibatch_share,
 )
+from pairtune.feedback.preferences import PreferenceSet, load_preference_function
 from pairtune.feedback.rewards import RewardSet, load_rewards
 from pairtune.maths.advantages import MovingAverage
 from pairtune.maths.masking import masked_mean, masked_sum
@@ -73,14 +74,16 @@ def train(
     model: Any = None,
     tokenizer: Any = None,
     reward_funcs: Sequence[Callable[..., Any] | str] | None = None,
+    preference_func: Callable[..., Any] | None = None,
     train_dataset: Any = None,
     eval_dataset: Any = None,
 ) -> TrainResult:
     """Align a policy from relative feedback.
 
     What cannot be written in a configuration may be passed in: a model in memory with its tokenizer, reward functions
-    (`f(prompts, completions, completion_ids, **columns) -> list[float | None]`), datasets (lists of rows or
-    `datasets.Dataset`). Raises PairtuneError, in one sentence, for everything that a user can mend.
+    (`f(prompts, completions, completion_ids, **columns) -> list[float | None]`) or a preference function
+    (`f(prompts, first, second, **columns) -> list[float | None]`, the probability that the first is better), datasets
+    (lists of rows or `datasets.Dataset`). Raises PairtuneError, in one sentence, for everything that a user can mend.
     """
     device = distributed.init_from_env(config.device)
     if config.num_threads is not None:
@@ -99,7 +102,8 @@ def train(
             tokenizer = load_tokenizer(
                 config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
             )
-        train_data, eval_prompts, rewards = _load_data(config, tokenizer, reward_funcs, train_dataset, eval_dataset)
+        train_data, eval_prompts = _load_data(config, tokenizer, train_dataset, eval_dataset)
+        feedback, rewards = _load_feedback(config, tokenizer, train_data, eval_prompts, reward_funcs, preference_func)
 
         done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
         display = stack.enter_context(
@@ -132,17 +136,13 @@ def train(
         if distributed.is_main():
             stack.enter_context(folder.create(*run_folder, overwrite=config.overwrite, resume=config.resume))
         distributed.barrier()
-        return _loop(config, policy, rewards, train_data, eval_prompts, run_dir, display, stack)
+        return _loop(config, policy, feedback, rewards, train_data, eval_prompts, run_dir, display, stack)
 
 
 def _load_data(
-    config: TrainConfig,
-    tokenizer: Any,
-    reward_funcs: Sequence[Callable[..., Any] | str] | None,
-    train_dataset: Any,
-    eval_dataset: Any,
-) -> tuple[PromptDataset | OfflineDataset, PromptDataset | None, RewardSet | None]:
-    """What to learn from, the held-out prompts, and the rewards; checked against each other."""
+    config: TrainConfig, tokenizer: Any, train_dataset: Any, eval_dataset: Any
+) -> tuple[PromptDataset | OfflineDataset, PromptDataset | None]:
+    """What to learn from, and the held-out prompts."""
     train_data: PromptDataset | OfflineDataset
     if config.offline:
         load = load_scored if config.algorithm == "copg" else load_preferences
@@ -153,15 +153,36 @@ def _load_data(
             config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset
         )
     train_data.step_rows(config.seed, 0, config.batch_size)  # refuses a dataset smaller than a batch
-    if isinstance(train_data, PromptDataset):
+    return train_data, eval_prompts
+
+
+def _load_feedback(
+    config: TrainConfig,
+    tokenizer: Any,
+    train_data: PromptDataset | OfflineDataset,
+    eval_prompts: PromptDataset | None,
+    reward_funcs: Sequence[Callable[..., Any] | str] | None,
+    preference_func: Callable[..., Any] | None,
+) -> tuple[RewardSet | PreferenceSet | None, RewardSet | None]:
+    """(what training learns from, what judges the held-out completions), checked against the prompts.
+
+    Most often they are one. A dataset of completions says itself what is good, and a preference function says nothing
+    of a completion alone: reward functions then judge the held-out completions only, and may be missing.
+    """
+    if preference_func is None and config.preference_func is not None:
+        preference_func = load_preference_function(config.preference_func)
+    if isinstance(train_data, PromptDataset) and preference_func is None:
         rewards = load_rewards(config, tokenizer, train_data, reward_funcs)
         if eval_prompts is not None:
             rewards.check(eval_prompts)
-        return train_data, eval_prompts, rewards
-    # The dataset says what is good; reward functions only judge the held-out completions.
+        return rewards, rewards
+    preferences = None
+    if isinstance(train_data, PromptDataset) and preference_func is not None:
+        preferences = PreferenceSet(preference_func, rule=config.preference_rewards)
+        preferences.check(train_data)
     if eval_prompts is None or not (reward_funcs or config.reward_funcs):
-        return train_data, None, None
-    return train_data, eval_prompts, load_rewards(config, tokenizer, eval_prompts, reward_funcs)
+        return preferences, None
+    return preferences, load_rewards(config, tokenizer, eval_prompts, reward_funcs)
 
 
 def _compute_dtype(config: TrainConfig, run_dir: Path) -> str:
@@ -187,6 +208,7 @@ def _check_shares(config: TrainConfig) -> None:
 def _loop(
     config: TrainConfig,
     policy: LoadedPolicy,
+    feedback: RewardSet | PreferenceSet | None,
     rewards: RewardSet | None,
     train_data: PromptDataset | OfflineDataset,
     eval_prompts: PromptDataset | None,
@@ -200,7 +222,7 @@ def _loop(
         policy.model, policy.tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id
     )
     optimizer = make_optimizer(config, policy.masters)
-    progress, replay = _restore(config, run_dir, policy, optimizer, rewards)
+    progress, replay = _restore(config, run_dir, policy, optimizer, feedback)
     references = ReferenceCache(train_data, policy, config) if isinstance(train_data, OfflineDataset) else None
     timer = Timer(policy.device)
     is_main = distributed.is_main()
@@ -242,7 +264,7 @@ def _loop(
         replays = distributed.gather_tensors(_replay_tensors(replay))
         if is_main:
             with phase("save", "saving a checkpoint"):
-                _save(config, run_dir, policy, optimizer, rewards, progress, replays)
+                _save(config, run_dir, policy, optimizer, feedback, progress, replays)
         distributed.barrier()
 
     def should_stop() -> bool:
@@ -275,12 +297,12 @@ def _loop(
                 phase=phase,
             )
         else:
-            assert rewards is not None
+            assert feedback is not None
             collected = collect(
                 train_data.batch(rows, device=policy.device),
                 policy=policy,
                 sampler=sampler,
-                rewards=rewards,
+                feedback=feedback,
                 config=config,
                 step=progress.step,
                 policy_version=progress.num_updates,
@@ -637,7 +659,7 @@ def _save(
     run_dir: Path,
     policy: LoadedPolicy,
     optimizer: torch.optim.Optimizer,
-    rewards: RewardSet | None,
+    feedback: RewardSet | PreferenceSet | None,
     progress: Progress,
     replays: list[dict[str, Tensor]],
 ) -> None:
@@ -650,7 +672,7 @@ def _save(
         policy.model.save_pretrained(path)
         policy.tokenizer.save_pretrained(path)
 
-    state = {"progress": asdict(progress), "rewards": {} if rewards is None else rewards.state_dict()}
+    state = {"progress": asdict(progress), "rewards": {} if feedback is None else feedback.state_dict()}
     checkpoint.save(
         run_dir, progress.step, save_model=save_model, tensors=tensors, state=state, keep_last=config.keep_last
     )
@@ -670,7 +692,7 @@ def _restore(
     run_dir: Path,
     policy: LoadedPolicy,
     optimizer: torch.optim.Optimizer,
-    rewards: RewardSet | None,
+    feedback: RewardSet | PreferenceSet | None,
 ) -> tuple[Progress, deque[Collected]]:
     """Where the run stands, and the batches that it learns from again: at its newest checkpoint when resuming, else at
     the start."""
@@ -683,8 +705,8 @@ def _restore(
     method = MethodState(beta=method["beta"], average=MovingAverage(**method["average"]))
     progress = Progress(**state["progress"], method=method)
     load_state_tensors(policy.masters, optimizer, tensors, num_updates=progress.num_updates)
-    if rewards is not None:
-        rewards.load_state_dict(state["rewards"])
+    if feedback is not None:
+        feedback.load_state_dict(state["rewards"])
     for number in range(config.replay):
         prefix = f"replay.{distributed.rank()}.{number}."
         batch = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
