@@ -383,6 +383,7 @@ def _whole(least: int) -> Callable[[str], int]:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
+    torch.set_num_threads(1)  # matrices this small are not worth a second
     record = {**provenance(argv, args.output), **measure(args.seeds, args.models)}
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "gradient_variance.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -6,20 +6,23 @@
 Every case goes through `pairtune.train` on `TASK`, a language of three prompts with seven completions each, whose
 policy is a free table. `limit_of` gives the point: the optimum of E[r] - beta KL(policy || reference) for most methods,
 a known other one for the rest. Measured is, exactly and not on samples, how far the trained policy is from it: the
-largest total variation of a prompt, and the regret. Written are limits.json (every number) and limits.md (made from it).
+largest total variation of a prompt, and the regret. Written are limits.json (every number) and limits.md (made from
+that alone).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import io
 import json
 import shlex
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pairtune import TrainConfig, train
+from pairtune.config import METHODS
 from pairtune.evidence.exact import EnumerableTask, exact_values, optimum, sequence_logprobs, tabular_model
 from pairtune.maths.advantages import group_centred, group_standardised
 from pairtune.maths.preference import dpo_loss, ipo_loss
@@ -134,11 +138,12 @@ CASES = (
 # ----------------------------------------------------------------------------------------------------------- the points
 
 
-def limit_of(config: TrainConfig, task: EnumerableTask, reference: Any, pairs: Pairs | None = None) -> Tensor:
+def limit_of(config: TrainConfig, task: EnumerableTask, reference: Any, preferences: Tensor | None = None) -> Tensor:
     """(P, N) float64 probabilities of the policy at which training with `config` comes to rest.
 
-    For a policy that can be any law over completions, and a step size that goes to 0. `pairs` are what `dpo` and `ipo`
-    learn from; without them they get the law that their labels come from, every pair met equally often.
+    For a policy that can be any law over completions, and steps whose size goes to 0. `dpo` and `ipo` learn from
+    `preferences` (P, N, N), how often the first completion is chosen and the second rejected, up to a factor; each pair
+    of completions has to be met, and for `dpo` won by either. No other method reads them.
     """
     ref, rewards, beta = sequence_logprobs(reference, task), task.rewards, config.beta
     name = config.algorithm
@@ -151,7 +156,8 @@ def limit_of(config: TrainConfig, task: EnumerableTask, reference: Any, pairs: P
         wins = (rewards[:, :, None] - rewards[:, None]).sigmoid()  # (P, N, N), that the first is preferred
         return _settled(ref.exp(), lambda law: (ref + (wins @ law[..., None])[..., 0] / beta).softmax(-1))
     if name in ("dpo", "ipo"):
-        return (ref + _offline_logratio(config, task, pairs)).softmax(-1)
+        assert preferences is not None
+        return (ref + _offline_logratio(config, preferences)).softmax(-1)
     # All that remain have no gradient exactly where r - beta log(policy / reference) is the same for all completions.
     return optimum(task, ref, beta).logprobs.exp()
 
@@ -166,22 +172,16 @@ def _settled(law: Tensor, step: Callable[[Tensor], Tensor]) -> Tensor:
     raise RuntimeError("the law did not come to rest within 1000 steps")
 
 
-def _offline_logratio(config: TrainConfig, task: EnumerableTask, pairs: Pairs | None) -> Tensor:
+def _offline_logratio(config: TrainConfig, preferences: Tensor) -> Tensor:
     """(P, N) log(policy / reference) that minimises the loss of a dataset, up to a constant for each prompt."""
-    weights = torch.zeros(task.num_prompts, task.num_completions, task.num_completions, dtype=torch.float64)
-    if pairs is None:
-        weights += (task.rewards[:, :, None] - task.rewards[:, None]).sigmoid()
-    for prompt, chosen, rejected in pairs or []:
-        weights[prompt, chosen, rejected] += 1
-    weights = weights / weights.sum()
+    weights = preferences / preferences.sum()
+    pair_loss, section = (dpo_loss, config.dpo) if config.algorithm == "dpo" else (ipo_loss, config.ipo)
 
     def loss(logratio: Tensor) -> Tensor:
-        sides = (logratio[:, :, None].expand_as(weights), logratio[:, None].expand_as(weights))
-        if config.algorithm == "dpo":
-            return (weights * dpo_loss(*sides, beta=config.beta, label_smoothing=config.dpo.label_smoothing)).sum()
-        return (weights * ipo_loss(*sides, beta=config.beta, label_smoothing=config.ipo.label_smoothing)).sum()
+        chosen, rejected = logratio[:, :, None].expand_as(weights), logratio[:, None].expand_as(weights)
+        return (weights * pair_loss(chosen, rejected, beta=config.beta, label_smoothing=section.label_smoothing)).sum()
 
-    return _root(lambda x: torch.func.grad(loss)(x), torch.zeros_like(task.rewards))
+    return _root(torch.func.grad(loss), preferences.new_zeros(preferences.shape[:2]))
 
 
 def _root(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -205,7 +205,6 @@ def _rest_of_grpo(config: TrainConfig, task: EnumerableTask, reference: Any) -> 
     ids, mask = completions.completion_ids[0], completions.completion_mask[0]
     places = {prefix: i for i, prefix in enumerate(dict.fromkeys(s[:t] for s in task.sequences for t in range(len(s))))}
     at = torch.tensor([[places[s[: min(t, len(s) - 1)]] for t in range(ids.shape[1])] for s in task.sequences])
-    num_others = config.num_generations - 1
     groups = torch.cartesian_prod(*[torch.arange(task.num_completions)] * config.num_generations)
     advantage = group_standardised if config.grpo.standardise else group_centred
     advantages = advantage(task.rewards[:, groups])[..., 0].unflatten(-1, (task.num_completions, -1))  # (P, N, others)
@@ -219,18 +218,18 @@ def _rest_of_grpo(config: TrainConfig, task: EnumerableTask, reference: Any) -> 
     def update(logits: Tensor) -> Tensor:
         """(P, H, V) by logits of that shape, H the histories of a prompt."""
         laws, tokens, probs = law(logits)
-        mean_advantage = (advantages @ probs[:, others].prod(-1)[..., None])  # (P, N, 1)
+        mean_advantage = advantages @ probs[:, others].prod(-1)[..., None]  # (P, N, 1)
         pull = config.beta * (1 - (ref_tokens - tokens).exp())
         weights = probs[..., None] * (mean_advantage - pull) * mask / mask.sum(-1, keepdim=True)
         drawn = nn.functional.one_hot(ids, task.vocab_size).to(laws) - laws[:, at]
         moves = weights[..., None] * drawn  # (P, N, T, V)
         return torch.zeros_like(logits).index_add(1, at.flatten(), moves.flatten(1, 2))
 
-    start = _history_logits(task, reference, places)
-    ref_tokens = law(start)[1]
-    logits = start
-    for _ in range(500):  # downhill first: Newton's method goes to any zero, training only to one that attracts
-        logits = logits + 2 * update(logits)
+    logits = _history_logits(task, reference, places)
+    ref_tokens = law(logits)[1]
+    for _ in range(500):  # as training goes, before Newton's method, which goes to any zero
+        reached = torch.zeros_like(logits[..., 0]).index_add(1, at.flatten(), (law(logits)[2][..., None] * mask).flatten(1))
+        logits = logits + update(logits) / reached[..., None]
     return law(_root(update, logits))[2]
 
 
@@ -261,11 +260,19 @@ def preference_pairs(task: EnumerableTask, num_pairs: int, *, seed: int) -> Pair
     return pairs
 
 
+def preferences_of(task: EnumerableTask, pairs: Pairs) -> Tensor:
+    """(P, N, N) how often the first is chosen and the second rejected."""
+    counts = torch.zeros(task.num_prompts, task.num_completions, task.num_completions, dtype=torch.float64)
+    for pair in pairs:
+        counts[pair] += 1
+    return counts
+
+
 def preference_rows(task: EnumerableTask, pairs: Pairs) -> list[dict[str, str]]:
     """As a dataset; completions as text, their end written out where they have one."""
     texts = [" " + task.text(sequence) for sequence in task.sequences]
     prompts = [task.text(prompt) for prompt in task.prompts]
-    return [{"prompt": prompts[p], "chosen": texts[w], "rejected": texts[l]} for p, w, l in pairs]
+    return [{"prompt": prompts[p], "chosen": texts[c], "rejected": texts[r]} for p, c, r in pairs]
 
 
 def scored_rows(task: EnumerableTask, reference: Any, num_each: int, *, seed: int) -> list[dict[str, Any]]:
@@ -286,20 +293,20 @@ def trained(
     task: EnumerableTask,
     model: Any,
     *,
-    pairs: Pairs | None = None,
+    pairs: Pairs,
     reward_func: Callable[..., list[float]] | None = None,
     eval_dataset: list[dict[str, str]] | None = None,
-) -> Any:
-    """Train `model` in silence, and without leaving a run folder; returns what `train` does."""
+) -> None:
+    """Train `model` in silence, and without leaving a run folder; `dpo` and `ipo` learn from `pairs`."""
     dataset: list[Any]
-    if config.algorithm in ("dpo", "ipo"):
-        dataset = preference_rows(task, pairs or [])
+    if METHODS[config.algorithm].offline:
+        dataset = preference_rows(task, pairs)
     elif config.offline:
         dataset = scored_rows(task, model, task.num_completions, seed=0)
     else:
         dataset = task.dataset(config.batch_size)
     with tempfile.TemporaryDirectory() as folder, _silence():
-        return train(
+        result = train(
             config.model_copy(update={"output_dir": folder + "/run"}),
             model=model,
             tokenizer=task.tokenizer(),
@@ -307,36 +314,199 @@ def trained(
             train_dataset=dataset,
             eval_dataset=eval_dataset,
         )
+    if not result.finished:  # a signal ends a run, and with it the benchmark
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
-def _silence() -> Any:
+def _silence() -> Iterator[None]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
-def pairs_of(case: Case) -> Pairs | None:
-    return preference_pairs(TASK, 300, seed=0) if case.method in ("dpo", "ipo") else None
+def pairs_of(case: Case) -> Pairs:
+    """What an offline method learns from: the same pairs whatever the seed of its training."""
+    return preference_pairs(TASK, 300, seed=0) if case.method in ("dpo", "ipo") else []
+
+
+def limit(case: Case) -> Tensor:
+    """(P, N) the probabilities that a case approaches."""
+    return limit_of(case.config(), TASK, tabular_model(TASK, seed=0), preferences_of(TASK, pairs_of(case)))
 
 
 def run(case: Case, seed: int) -> dict[str, Any]:
-    """Train once; what came out, against the limit."""
-    config, model = case.config(seed), tabular_model(TASK, seed=0)
-    limit, ref = limit_of(config, TASK, model, pairs_of(case)), sequence_logprobs(model, TASK)
-    started = time.perf_counter()
-    trained(config, TASK, model, pairs=pairs_of(case))
+    """Train once; how far from its limit the policy ends."""
+    model, started = tabular_model(TASK, seed=0), time.perf_counter()
+    ref = sequence_logprobs(model, TASK)
+    trained(case.config(seed), TASK, model, pairs=pairs_of(case))
     found = sequence_logprobs(model, TASK)
     return {
         "seed": seed,
-        "variation": (found.exp() - limit).abs().sum(-1).max().item() / 2,
+        "variation": (found.exp() - limit(case)).abs().sum(-1).max().item() / 2,
         "regret": exact_values(TASK, found, ref, BETA).regret,
-        "policy": [[round(p, 6) for p in law] for law in found.exp().tolist()],
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
+def is_near(case: Case, result: dict[str, Any]) -> bool:
+    """Whether a run ended where it should, within the tolerance."""
+    return result["regret"] < MAX_REGRET if case.at_optimum else result["variation"] < case.max_variation
+
+
+# ----------------------------------------------------------------------------------------------------------- the record
+
+
+def measure(cases: Sequence[Case], seeds: Sequence[int]) -> dict[str, Any]:
+    """All figures, as they go into the JSON."""
+    progress, found = Progress(len(cases) * len(seeds)), []
+    ref = sequence_logprobs(tabular_model(TASK, seed=0), TASK)
+    for case in cases:
+        law, runs = limit(case), []
+        for seed in seeds:
+            with progress(f"{case.name}, seed {seed}"):
+                runs.append(run(case, seed))
+        found.append(
+            {
+                "name": case.name,
+                "words": case.words,
+                "at_optimum": case.at_optimum,
+                "limit": [[round(p, 6) for p in prompt] for prompt in law.tolist()],
+                "limit_regret": max(0.0, exact_values(TASK, law.clamp(min=1e-300).log(), ref, BETA).regret),
+                "variation_of_reference": (law - ref.exp()).abs().sum(-1).max().item() / 2,
+                "runs": runs,
+            }
+        )
+    return {"seeds": list(seeds), "common": COMMON, "cases": found}
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    """The record to read."""
+    by_name = {case.name: case for case in CASES}
+    lines = [
+        "# Where training comes to rest, recorded",
+        "",
+        f"`{record['command']}`",
+        "",
+        machine_line(record),
+        "",
+        f"A language of {TASK.num_prompts} prompts with {TASK.num_completions} completions each, beta {BETA}, the "
+        f"policy a free table of logits that starts at the reference. Every case: "
+        + ", ".join(f"{key} {value}" for key, value in record["common"].items())
+        + f"; but for what the second column says. Medians and ranges of seeds {listed(record['seeds'], 'd')}, at the "
+        "end of the run, enumerated and not sampled.",
+        "",
+        "## The optimum of E[r] - beta KL(policy || reference)",
+        "",
+        f"Regret must be below {MAX_REGRET:g}.",
+        "",
+        "| case | settings | regret | largest total variation to the limit | |",
+        "|---|---|---:|---:|---|",
+    ]
+    rest = [
+        "",
+        "## Another point",
+        "",
+        f"The largest total variation of a prompt must be below {MAX_VARIATION:g} unless the last column says "
+        "otherwise. The reference is where a run starts.",
+        "",
+        "| case | settings | its limit | regret of the limit | regret | total variation of the reference to the limit |"
+        " of the trained policy | |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
+    for found in record["cases"]:
+        case = by_name[found["name"]]
+        settings = ", ".join(f"{key} {value}" for key, value in found["words"].items())
+        regret = spread([result["regret"] for result in found["runs"]], ".2g")
+        variation = spread([result["variation"] for result in found["runs"]], ".2g")
+        verdict = "" if all(is_near(case, result) for result in found["runs"]) else "**missed**"
+        if found["at_optimum"]:
+            lines.append(f"| {case.name} | {settings} | {regret} | {variation} | {verdict} {case.note} |")
+        else:
+            below = f"below {case.max_variation:g}" if case.max_variation != MAX_VARIATION else ""
+            rest.append(
+                f"| {case.name} | {settings} | {case.note} | {found['limit_regret']:.3f} | {regret} | "
+                f"{found['variation_of_reference']:.2f} | {variation} | {verdict} {below} |"
+            )
+    return "\n".join([*lines, *rest, "", NOTES]) + "\n"
+
+
+NOTES = """\
+- Notes."""
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def listed(values: Sequence[float], form: str, between: str = ", ") -> str:
+    return between.join(format(value, form) for value in values)
+
+
+def provenance(name: str, argv: Sequence[str], output: Path) -> dict[str, Any]:
+    """What is needed to get the figures again, without a path of the machine."""
+    found = environment()
+    del found["command"]
+    shown = ["..." if word == str(output) else word for word in argv]
+    return {
+        "benchmark": name,
+        "command": shlex.join(["python", f"benchmarks/{name}.py", *shown]),
+        "environment": {**found, "matplotlib": importlib.metadata.version("matplotlib")},
+    }
+
+
+def machine_line(record: dict[str, Any]) -> str:
+    return "Machine and versions: " + "; ".join(f"{key} {value}" for key, value in record["environment"].items())
+
+
+class Progress:
+    """`with progress("rloo, seed 1"): ...` for each of `total` runs: a line before it, with the time that is left."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.started = total, 0, time.monotonic()
+
+    @contextlib.contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        left = ""
+        if self.done:
+            seconds = (time.monotonic() - self.started) / self.done * (self.total - self.done)
+            left = f", about {max(1, round(seconds / 60))} min left"
+        print(f"{self.done + 1} of {self.total}: {what}{left}", file=sys.stderr, flush=True)
+        yield
+        self.done += 1
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--only", default="", help="cases whose name contains this; default: all")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; older ones are replaced")
+    return parser
+
+
+def whole(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return int(text)
+
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(argv)
+    cases = [case for case in CASES if args.only in case.name]
+    if not cases:
+        raise SystemExit(f"no case has {args.only!r} in its name; there are: {', '.join(case.name for case in CASES)}")
+    record = {**provenance("limits", argv, args.output), **measure(cases, args.seeds)}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "limits.json").write_text(json.dumps(record, indent=1) + "\n")
+    (args.output / "limits.md").write_text(as_markdown(record))
+    print((args.output / "limits.md").read_text())
+
+
 if __name__ == "__main__":
-    for case in CASES:
-        if len(sys.argv) == 1 or case.name in sys.argv[1:]:
-            result = run(case, 0)
-            print(f"{case.name:40s} TV {result['variation']:.5f} regret {result['regret']:.6f} {result['seconds']} s", flush=True)
+    main()

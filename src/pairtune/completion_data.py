@@ -529,7 +529,9 @@ def _encoded(
     if cut_dialogues:
         whole = _raw(groups, [], name)
         prompts = without_oldest_turns(
-            whole, whole.format(tokenizer, chat=config.chat, system_prompt=config.system_prompt), config.max_prompt_length
+            whole,
+            whole.format(tokenizer, chat=config.chat, system_prompt=config.system_prompt),
+            config.max_prompt_length,
         )
         num_shortened = sum(prompt != group.prompt for prompt, group in zip(prompts, groups, strict=True))
         groups = [replace(group, prompt=prompt) for prompt, group in zip(prompts, groups, strict=True)]
@@ -567,18 +569,16 @@ def without_oldest_turns(raw: RawPrompts, prompt_format: PromptFormat, max_promp
     begins with is a turn of the user. Other text stays as it is: half a question is another question.
     """
     prompts = list(raw.prompts)
-    remaining = range(len(prompts))
-    while remaining:
-        texts = [prompt_format.text(prompts[row], raw.place(row)) for row in remaining]
-        lengths = map(len, prompt_format.token_ids(texts))
-        shorter = {
-            row: _without_first_exchange(prompts[row])
-            for row, length in zip(remaining, lengths, strict=True)
-            if length > max_prompt_length
-        }
-        remaining = [row for row, prompt in shorter.items() if prompt is not None]
-        for row in remaining:
-            prompts[row] = shorter[row]
+    to_measure = list(range(len(prompts)))
+    while to_measure:
+        texts = [prompt_format.text(prompts[row], raw.place(row)) for row in to_measure]
+        measured = zip(to_measure, prompt_format.token_ids(texts), strict=True)
+        to_measure = []
+        for row, ids in measured:
+            shorter = _without_first_exchange(prompts[row]) if len(ids) > max_prompt_length else None
+            if shorter is not None:
+                prompts[row] = shorter
+                to_measure.append(row)
     return prompts
 
 
@@ -836,6 +836,7 @@ def _texts(
     left_out: Counter[tuple[str, str]],
 ) -> list[Example]:
     """Plain texts with EOS behind each, all but the first token learned."""
+    eos_token_id = eos_of(tokenizer)
     texts: list[str] = []
     for number, row in enumerate(rows):
         text = row.get(config.text_column)
@@ -843,12 +844,10 @@ def _texts(
             what = f"row {number} of {name}: `{config.text_column}` is {_described(text)}"
             raise PairtuneError(f"{what}; it must be a string.")
         if text.strip():
-            texts.append(text)
+            texts.append(text.removesuffix(str(tokenizer.eos_token)))
         else:
             left_out["row", EMPTY_TEXT] += 1
     if not texts:
         return []
-    eos_token_id = eos_of(tokenizer)
     encoded = RawPrompts(prompts=list(texts), columns={}, name=name).format(tokenizer, chat="never").token_ids(texts)
-    ended = [ids if ids[-1:] == [eos_token_id] else [*ids, eos_token_id] for ids in encoded]
-    return [Example(ids, list(range(1, len(ids)))) for ids in ended]
+    return [Example([*ids, eos_token_id], list(range(1, len(ids) + 1))) for ids in encoded]

@@ -26,8 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pairtune.maths.advantages import checked_mask
-from pairtune.maths.masking import masked_mean, pair_indices
+from pairtune.maths.masking import checked_mask, masked_mean, pair_indices
 
 
 def copg_loss(

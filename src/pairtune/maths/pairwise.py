@@ -43,7 +43,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pairtune.maths.masking import masked_mean, pair_indices
+from pairtune.maths.masking import checked_mask, masked_mean, pair_indices
 
 ClipKind = Literal["joint", "separate"]
 
@@ -186,9 +186,7 @@ class _Pairs(NamedTuple):
 
 
 def _pairs(policy_logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, mask: Tensor | None) -> _Pairs:
-    if mask is None:
-        mask = torch.ones_like(policy_logprobs, dtype=torch.bool)
-    _check_inputs(policy_logprobs, old_logprobs, rewards, mask)
+    mask = checked_mask(mask, policy_logprobs=policy_logprobs, old_logprobs=old_logprobs, rewards=rewards)
     i, j = pair_indices(policy_logprobs.shape[-1], policy_logprobs.device)
     pair_mask = mask[..., i] & mask[..., j]
     # Rewards meet each other before anything else, and in their own precision: a constant added to all rewards of a
@@ -198,21 +196,6 @@ def _pairs(policy_logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, mask:
     reward_difference = torch.where(pair_mask, rewards[..., i] - rewards[..., j], 0).to(policy_logprobs.dtype)
     policy, old = policy_logprobs, old_logprobs.detach().to(policy_logprobs.dtype)
     return _Pairs(policy[..., i], policy[..., j], old[..., i], old[..., j], reward_difference, pair_mask)
-
-
-def _check_inputs(policy_logprobs: Tensor, old_logprobs: Tensor, rewards: Tensor, mask: Tensor) -> None:
-    shapes = [tuple(x.shape) for x in (policy_logprobs, old_logprobs, rewards, mask)]
-    if policy_logprobs.dim() == 0 or len(set(shapes)) > 1:
-        raise ValueError(
-            "policy_logprobs, old_logprobs, rewards and mask must have one shape (..., K), "
-            f"but they have {', '.join(map(str, shapes))}"
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool (True where a completion counts), but it is {mask.dtype}")
-    for name, logprobs in (("policy_logprobs", policy_logprobs), ("old_logprobs", old_logprobs)):
-        if logprobs.dtype not in (torch.float32, torch.float64):
-            # A sequence log-probability of -100 has a bfloat16 spacing of 0.5, more than the clip range.
-            raise ValueError(f"{name} must be float32 or float64, but they are {logprobs.dtype}")
 
 
 def _check_epsilon(epsilon: float) -> None:

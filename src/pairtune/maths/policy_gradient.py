@@ -29,9 +29,8 @@ import math
 import torch
 from torch import Tensor
 
-from pairtune.maths.advantages import checked_mask
 from pairtune.maths.kl import k3
-from pairtune.maths.masking import masked_mean
+from pairtune.maths.masking import checked_mask, masked_mean
 
 
 def reinforce_loss(policy_logprobs: Tensor, advantages: Tensor, *, mask: Tensor | None = None) -> Tensor:

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pairtune.maths.advantages import checked_mask
-from pairtune.maths.masking import masked_mean, pair_indices
+from pairtune.maths.masking import checked_mask, masked_mean, pair_indices
 
 # -------------------------------------------------------------------------------------------------------------- labels
 

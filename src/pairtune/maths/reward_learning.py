@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pairtune.maths.advantages import checked_mask
-from pairtune.maths.masking import masked_mean, masked_sum, pair_indices
+from pairtune.maths.masking import checked_mask, masked_mean, masked_sum, pair_indices
 
 MOST_TIED = 12
 """The most completions of a prompt that `plackett_luce_loss` takes where some are tied: it visits their 2^K subsets."""
@@ -156,7 +155,6 @@ def _loss_with_ties(rewards: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
     """
     # Against a reward of the prompt itself, so that a constant cancels; with the largest, the sums stay small.
     rewards = rewards - torch.where(mask, rewards, -torch.inf).amax(-1, keepdim=True).detach()
-    rewards = torch.where(mask, rewards, 0)
     last = torch.iinfo(ranks.dtype).max
     log_probability = rewards.new_zeros(len(rewards), 1)  # of the empty set
     for members, without in _subsets(rewards.shape[-1]):

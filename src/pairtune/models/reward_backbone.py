@@ -178,7 +178,7 @@ def load_reward_backbone(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------------------------------------------------ the model
 
 
 def is_classifier(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> bool:
@@ -260,9 +260,7 @@ def merged_state(model: Any) -> dict[str, Tensor]:
     from peft.tuners.lora import LoraLayer
 
     state = {
-        name.replace(".base_layer.", "."): weight
-        for name, weight in model.state_dict().items()
-        if ".lora_" not in name
+        name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
     }
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -271,7 +269,7 @@ def merged_state(model: Any) -> dict[str, Tensor]:
     return state
 
 
-# ----------------------------------------------------------------------------------------------------- the padding token
+# ---------------------------------------------------------------------------------------------------- the padding token
 
 
 def set_pad_token(model: Any, tokenizer: Any, ends: Sequence[int]) -> str:

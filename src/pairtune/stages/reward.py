@@ -1,0 +1,278 @@
+"""The second stage of RLHF: reward learning. A model learns to score completions as comparisons of them say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pairtune.config import RewardConfig, RewardLearningConfig, supervised_warnings
+from pairtune.errors import PairtuneError
+from pairtune.feedback.comparisons import (
+    Comparisons,
+    evaluate_comparisons,
+    evaluation_line,
+    load_comparisons,
+    report_table,
+)
+from pairtune.feedback.reward_model import SHIFT
+from pairtune.maths.calibration import PairEvaluation
+from pairtune.maths.masking import masked_mean
+from pairtune.maths.reward_learning import (
+    bradley_terry_loss,
+    centring_penalty,
+    pairwise_ranking_loss,
+    plackett_luce_loss,
+)
+from pairtune.models.loading import load_tokenizer
+from pairtune.models.logprobs import make_layout
+from pairtune.models.reward_backbone import RewardBackbone, load_reward_backbone
+from pairtune.runs import distributed, folder
+from pairtune.runs.display import Display
+from pairtune.runs.metrics import read_jsonl
+from pairtune.stages.rl import TrainResult
+from pairtune.stages.supervised import TaskLoss, compute_dtype, num_updates, prepare_run, train_supervised
+
+EVALUATION_BATCH = 16
+"""Held-out rows of a forward pass."""
+SHIFT_ROWS = 512
+"""Training rows whose best completion the mean of `reward.normalise_mean` is taken over."""
+REPORT = "reward_report.json"
+
+
+def reward(
+    config: RewardConfig,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+) -> TrainResult:
+    """Learn a reward model from comparisons, by maximum likelihood (P3O paper, eq. 1).
+
+    Every checkpoint is a sequence classifier with one label. After the last evaluation `reward_report.json` in the run
+    folder says what the model is worth on the held-out comparisons. What cannot be written in a configuration may be
+    passed in: a model in memory with its tokenizer, and datasets (lists of rows or `datasets.Dataset`). Raises
+    PairtuneError, in one sentence, for everything that a user can mend.
+    """
+    device = prepare_run(config, device=config.device, num_threads=config.num_threads)
+    run_dir = Path(config.output_dir)
+    with contextlib.ExitStack() as stack:
+        # What can be refused is refused before the model is loaded.
+        if tokenizer is None:
+            tokenizer = load_tokenizer(
+                config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+            )
+        train_data, held_out = load_comparisons(
+            config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset
+        )
+        done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
+        num_steps = num_updates(config, len(train_data))
+        display = stack.enter_context(
+            Display(
+                num_steps,
+                max_minutes=config.max_minutes,
+                headline="loss",
+                rewards=[line.get("loss") for line in done],
+            )
+        )
+        for sentence in supervised_warnings(config, num_steps):
+            display.message(f"note: {sentence}")
+        for note in train_data.data.notes:
+            display.message(note)
+        for note in held_out.data.notes if held_out is not None else []:
+            display.message(f"held-out: {note}")
+        with display.phase("loading the model"):
+            backbone = load_reward_backbone(
+                model if model is not None else config.model,
+                tokenizer=tokenizer,
+                dtype=compute_dtype(config, config.dtype),
+                device=device,
+                attn_implementation=config.attn_implementation,
+                trainable_layers=config.trainable_layers,
+                lora_r=config.lora_r,
+                lora_alpha=config.lora_alpha,
+                lora_target_modules=config.lora_target_modules,
+                gradient_checkpointing=config.gradient_checkpointing,
+                revision=config.model_revision,
+                trust_remote_code=config.trust_remote_code,
+                seed=config.seed,
+            )
+        for note in backbone.notes:
+            display.message(note)
+        task = RewardTask(
+            backbone, train_data, held_out, config=config.reward, num_eval_examples=config.num_eval_examples
+        )
+        result = train_supervised(config, task, run_dir, display, stack)
+        if task.report is not None and result.finished:
+            display.show(report_table(task.report))
+            if distributed.is_main():
+                folder.write_atomic(run_dir / REPORT, _report_json(task, held_out, train_data, result.steps))
+        return result
+
+
+class RewardTask:
+    """Comparisons, and the reward model that learns them."""
+
+    def __init__(
+        self,
+        backbone: RewardBackbone,
+        train_data: Comparisons,
+        held_out: Comparisons | None = None,
+        *,
+        config: RewardLearningConfig | None = None,
+        num_eval_examples: int | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.masters = backbone.model, backbone.tokenizer, backbone.masters
+        self.device, self.dtype = backbone.device, backbone.dtype
+        self.backbone = backbone
+        self.report: PairEvaluation | None = None
+        """Of the last evaluation."""
+        self.reward_std = math.nan
+        """Of all held-out rewards of that evaluation."""
+        self._config = config or RewardLearningConfig()
+        self._train_data, self._held_out = train_data, held_out
+        self.num_rows = len(train_data)
+        num_held_out = 0 if held_out is None else len(held_out)
+        self.num_eval_rows = min(num_held_out, num_eval_examples or num_held_out)
+        for comparisons in filter(None, (train_data, held_out)):
+            self._check_context(comparisons)
+
+    def length(self, row: int) -> int:
+        return _num_tokens(self._train_data, row)
+
+    def counted(self, rows: Sequence[int]) -> int:
+        """Every row is one element of the loss, a ranking of many completions too."""
+        return len(rows)
+
+    def loss(self, rows: Sequence[int]) -> TaskLoss:
+        rewards, mask, num_tokens = self._rewards(self._train_data, rows)
+        losses = self._losses(rewards, mask, rows)
+        if self._config.centring:
+            # (2 mean)^2 is (chosen + rejected)^2 of a pair, and means the same for more than two.
+            mean = masked_mean(rewards, mask, -1)
+            losses = losses + self._config.centring * centring_penalty(mean, mean)
+        pairs = [(i, *pair) for i, row in enumerate(rows) for pair in self._train_data.decided(row)]
+        seen = rewards.detach().double().cpu()
+        leads = [(seen[i, better] - seen[i, worse]).item() for i, better, worse in pairs]
+        right = sum((lead > 0) + 0.5 * (lead == 0) for lead in leads)
+        metrics = {
+            "accuracy": (float(right), float(len(pairs))),
+            "margin": (sum(leads), float(len(pairs))),
+            "reward": (seen[mask.cpu()].sum().item(), float(mask.sum())),
+        }
+        return TaskLoss(losses.sum(), metrics, num_tokens)
+
+    def _losses(self, rewards: Tensor, mask: Tensor, rows: Sequence[int]) -> Tensor:
+        """(P, K) -> (P,): what the configuration makes of the labels of these rows."""
+        data = self._train_data
+        if data.ranked:
+            ranks = torch.zeros(mask.shape, dtype=torch.int64)
+            for place, row in enumerate(rows):
+                ranks[place, : len(data.data.rewards[row])] = -torch.tensor(data.data.rewards[row]).long()
+            loss = plackett_luce_loss if self._config.loss == "plackett_luce" else pairwise_ranking_loss
+            return loss(rewards, ranks.to(rewards.device), mask=mask)
+
+        def of_rows(values: list[float] | None) -> Tensor | None:
+            return None if values is None else rewards.new_tensor([values[row] for row in rows])
+
+        return bradley_terry_loss(
+            rewards[:, 0],
+            rewards[:, 1],
+            margin=of_rows(data.margins),
+            probability=of_rows(data.probabilities),
+            label_smoothing=self._config.label_smoothing,
+        )
+
+    def _rewards(self, comparisons: Comparisons, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
+        """Rewards (P, K), which of them there are (P, K), and how many tokens the model has read."""
+        batch = comparisons.data.batch(rows, device=self.device)
+        layout = make_layout(batch.completions, shared=self.backbone.shared)
+        return self.backbone.rewards(layout), batch.reward_mask, int((layout.segments >= 0).sum())
+
+    def evaluate(self, advance: Callable[[float], None]) -> dict[str, Any]:
+        """`accuracy`, `log_likelihood`, `temperature` and more, as `evaluation_line` has them."""
+        assert self._held_out is not None
+        held_out = self._held_out
+        rewards = torch.full((self.num_eval_rows, held_out.data.num_completions), math.nan, dtype=torch.float64)
+        by_length = sorted(range(self.num_eval_rows), key=lambda row: _num_tokens(held_out, row))
+        for start in range(0, self.num_eval_rows, EVALUATION_BATCH):
+            rows = by_length[start : start + EVALUATION_BATCH]
+            scores, mask, _ = self._rewards(held_out, rows)
+            if not torch.isfinite(scores[mask]).all():
+                raise PairtuneError(
+                    "the reward model gives rewards that are not finite; lower learning_rate and start again, or check "
+                    "the weights of the model that it started from."
+                )
+            rewards[rows] = scores.double().masked_fill(~mask, math.nan).cpu()
+            advance(len(rows))
+        self.report = evaluate_comparisons(held_out, rewards)
+        given = rewards[rewards.isfinite()]
+        self.reward_std = given.std(correction=0).item()
+        return {**evaluation_line(self.report), "reward_mean": given.mean().item(), "reward_std": self.reward_std}
+
+    def save_model(self, path: Path) -> None:
+        if self._config.normalise_mean:
+            setattr(self.model.config, SHIFT, -self._mean_of_best())
+        self.backbone.save(path)
+
+    @torch.no_grad()
+    def _mean_of_best(self) -> float:
+        """The mean reward of the best completion of the first training rows: the demonstrations of a dataset of
+        comparisons."""
+        total, num_rows = 0.0, min(self.num_rows, SHIFT_ROWS)
+        for start in range(0, num_rows, EVALUATION_BATCH):
+            rows = range(start, min(start + EVALUATION_BATCH, num_rows))
+            rewards, _, _ = self._rewards(self._train_data, rows)
+            for place, row in enumerate(rows):
+                ranked = self._train_data.data.rewards[row]
+                total += rewards[place, ranked.index(max(ranked))].item()
+        return total / num_rows
+
+    def _check_context(self, comparisons: Comparisons) -> None:
+        """Raises PairtuneError where a prompt with its completion is longer than the model can read."""
+        data, context = comparisons.data, self.backbone.context_length
+        longest = max(
+            len(prompt) + max(len(one.ids) for one in group)
+            for prompt, group in zip(data.prompt_dataset.token_ids, data.completions, strict=True)
+        )
+        if context is not None and longest > context:
+            raise PairtuneError(
+                f"a prompt of {data.name} with its completion has {longest} tokens, but the model reads at most "
+                f"{context}; lower max_prompt_length or max_completion_length."
+            )
+
+
+def _num_tokens(comparisons: Comparisons, row: int) -> int:
+    data = comparisons.data
+    return len(data.prompt_dataset.token_ids[row]) + sum(len(one.ids) for one in data.completions[row])
+
+
+def _report_json(task: RewardTask, held_out: Comparisons | None, train_data: Comparisons, step: int) -> str:
+    assert task.report is not None
+    assert held_out is not None
+    content = {
+        "step": step,
+        "dataset": {"train": train_data.data.name, "held_out": held_out.data.name},
+        "num_rows": {"train": len(train_data), "held_out": task.num_eval_rows},
+        "left_out": {"train": train_data.data.notes, "held_out": held_out.data.notes},
+        "beats_length_baselines": task.report.beats_length_baselines,
+        "reward_std": task.reward_std,
+        "evaluation": task.report.as_dict(),
+    }
+    return json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
