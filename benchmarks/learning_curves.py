@@ -1,6 +1,6 @@
 """Learning curves: every method trains the same tiny transformer on as many completions, its regret known exactly.
 
-    python benchmarks/learning_curves.py                         # sweep and three seeds, about half an hour on one core
+    python benchmarks/learning_curves.py                         # sweep and three seeds, ten to twenty minutes on one core
     python benchmarks/learning_curves.py --seeds 0 --methods p3o ppo
 
 The task is a language of three prompts with fifteen completions each; what is measured is the regret J(pi*) - J(pi)
@@ -46,7 +46,7 @@ from pairtune.config import METHODS
 from pairtune.evidence.exact import EnumerableTask, exact_values, sequence_logprobs, tiny_transformer
 
 TASK = EnumerableTask.random(num_prompts=3, max_completion_length=3, seed=0)
-WORDS: dict[str, Any] = {"num_generations": 4, "batch_size": 48, "num_iterations": 2, "max_steps": 50}
+WORDS: dict[str, Any] = {"num_generations": 4, "batch_size": 48, "num_iterations": 2, "max_steps": 40}
 PER_STEP = 192
 """Completions a step, of every method: 48 prompts times 4, or 96 pairs."""
 OFFLINE_WORDS: dict[str, Any] = {"batch_size": 96, "eval_steps": 2}

@@ -93,14 +93,14 @@ COMMON: dict[str, Any] = {
     "num_generations": 4,
     "batch_size": 64,
     "num_iterations": 4,
-    "max_steps": 100,
-    "learning_rate": 0.05,
+    "max_steps": 70,
+    "learning_rate": 0.1,
     "lr_scheduler_type": "cosine",
     "max_grad_norm": None,
 }
-"""Of every case that does not say otherwise: 256 completions a step, 400 updates, the learning rate down to 0. The norm
+"""Of every case that does not say otherwise: 256 completions a step, 280 updates, the learning rate down to 0. The norm
 of gradients is not clipped, for the mean of clipped gradients is no gradient."""
-ONE_UPDATE: dict[str, Any] = {"num_iterations": 1, "max_steps": 200}
+ONE_UPDATE: dict[str, Any] = {"num_iterations": 1, "max_steps": 130, "learning_rate": 0.2}
 """For methods whose later updates of a batch follow another gradient than J's."""
 OFFLINE: dict[str, Any] = {"num_iterations": 1, "max_steps": 400}
 
@@ -109,7 +109,7 @@ CASES = (
     Case("p3o, KL at sampling", {"p3o.kl_at": "sampling"}),
     Case("p3o, clipped separately", {"p3o.clip": "separate"}),
     Case("p3o, not clipped", {"p3o.clip": "none"}),
-    Case("p3o, replay 2", {"replay": 2, "max_steps": 60}),
+    Case("p3o, replay 2", {"replay": 2, "max_steps": 40}),
     Case("rloo", ONE_UPDATE),
     Case("rloo, clipped", {"rloo.clip": True}),
     Case("reinforce", ONE_UPDATE),
@@ -120,7 +120,7 @@ CASES = (
     Case("online_dpo"),
     Case("online_dpo, sampled labels", {"online_dpo.labels": "sampled"}),
     Case("copg"),
-    Case("copg, replay 2", {"replay": 2, "max_steps": 60}),
+    Case("copg, replay 2", {"replay": 2, "max_steps": 40}),
     Case("copg, offline", {**OFFLINE, "copg.offline": True, "batch_size": 3}, note="21 scored completions a prompt"),
     Case("rebel"),
     Case("grpo, KL in the reward", {"grpo.kl_in": "reward", "grpo.standardise": False}),
