@@ -143,7 +143,8 @@ def limit_of(config: TrainConfig, task: EnumerableTask, reference: Any, preferen
 
     For a policy that can be any law over completions, and steps whose size goes to 0. `dpo` and `ipo` learn from
     `preferences` (P, N, N), how often the first completion is chosen and the second rejected, up to a factor; each pair
-    of completions has to be met, and for `dpo` won by either. No other method reads them.
+    of completions has to be met, and for `dpo` won by either. No other method reads them. Not treated are `hard`
+    labels, which have no limit with a finite KL, and discounts below 1.
     """
     ref, rewards, beta = sequence_logprobs(reference, task), task.rewards, config.beta
     name = config.algorithm
@@ -154,7 +155,7 @@ def limit_of(config: TrainConfig, task: EnumerableTask, reference: Any, preferen
         return _rest_of_grpo(config, task, reference)
     if name == "online_ipo":
         wins = (rewards[:, :, None] - rewards[:, None]).sigmoid()  # (P, N, N), that the first is preferred
-        return _settled(ref.exp(), lambda law: (ref + (wins @ law[..., None])[..., 0] / beta).softmax(-1))
+        return _settled(ref.exp(), lambda law: (ref + (wins @ law[..., None])[..., 0] / (2 * beta)).softmax(-1))
     if name in ("dpo", "ipo"):
         assert preferences is not None
         return (ref + _offline_logratio(config, preferences)).softmax(-1)
@@ -228,7 +229,8 @@ def _rest_of_grpo(config: TrainConfig, task: EnumerableTask, reference: Any) -> 
     logits = _history_logits(task, reference, places)
     ref_tokens = law(logits)[1]
     for _ in range(500):  # as training goes, before Newton's method, which goes to any zero
-        reached = torch.zeros_like(logits[..., 0]).index_add(1, at.flatten(), (law(logits)[2][..., None] * mask).flatten(1))
+        probs = law(logits)[2][..., None] * mask
+        reached = torch.zeros_like(logits[..., 0]).index_add(1, at.flatten(), probs.flatten(1))
         logits = logits + update(logits) / reached[..., None]
     return law(_root(update, logits))[2]
 

@@ -123,7 +123,7 @@ def run(words: dict[str, Any], task: EnumerableTask, *, seed: int, steps: int, k
             stack.enter_context(redirect(io.StringIO()))
         hook = register_optimizer_step_post_hook(watch)
         stack.callback(hook.remove)
-        train(
+        result = train(
             TrainConfig(
                 model="in memory",
                 dataset="in memory",
@@ -143,6 +143,8 @@ def run(words: dict[str, Any], task: EnumerableTask, *, seed: int, steps: int, k
             reward_funcs=[task.reward_func],
             train_dataset=task.dataset(16 * task.num_prompts),
         )
+    if not result.finished:  # `train` took the signal that was meant for all of this
+        raise KeyboardInterrupt
     return torch.stack(weights)
 
 

@@ -14,7 +14,16 @@ import yaml
 
 import pairtune
 from pairtune.cli import DEMO_CONFIG, VERBS, main
-from pairtune.config import EvaluateConfig, SampleConfig, SFTConfig, TrainConfig, config_to_yaml, keys_of, load_config
+from pairtune.config import (
+    EvaluateConfig,
+    RewardConfig,
+    SampleConfig,
+    SFTConfig,
+    TrainConfig,
+    config_to_yaml,
+    keys_of,
+    load_config,
+)
 
 NEEDED = ["--model", "m", "--dataset", "d", "--reward_funcs", "a.b"]
 SOURCE = Path(pairtune.__file__).parents[1]
@@ -203,8 +212,11 @@ def test_nothing_to_resume(calls: Any, capsys: pytest.CaptureFixture[str], tmp_p
     "argv, sentence",
     [
         (["trian"], '"trian" is not a verb of pairtune; the nearest is train.'),
-        (["xyz"], '"xyz" is not a verb of pairtune; there are sft, train, evaluate, sample, demo, report.'),
-        (["--verbose"], "--verbose stands where a verb should; there are sft, train, evaluate, sample, demo, report."),
+        (["xyz"], '"xyz" is not a verb of pairtune; there are sft, reward, train, evaluate, sample, demo, report.'),
+        (
+            ["--verbose"],
+            "--verbose stands where a verb should; there are sft, reward, train, evaluate, sample, demo, report.",
+        ),
         (["-x", "train"], "-x is not a flag of `pairtune`; `pairtune --help` shows what is expected."),
         (["train", *NEEDED, "--epsilonn", "3"], "--epsilonn is not a known setting; the nearest is --epsilon."),
         (["train", *NEEDED, "--epsil", "3"], "--epsil is not a known setting; the nearest is --epsilon."),
@@ -300,6 +312,7 @@ def test_print_config_is_a_configuration(
 
 CLASSES = {
     "sft": SFTConfig,
+    "reward": RewardConfig,
     "train": TrainConfig,
     "demo": TrainConfig,
     "evaluate": EvaluateConfig,

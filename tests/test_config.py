@@ -17,6 +17,7 @@ from pairtune.config import (
     EvaluateConfig,
     P3OConfig,
     SampleConfig,
+    RewardConfig,
     SFTConfig,
     TrainConfig,
     Words,
@@ -37,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 REQUIRED: dict[type[Words], dict[str, Any]] = {
     TrainConfig: {"model": "m", "dataset": "d", "reward_funcs": ["a.b"]},
     SFTConfig: {"model": "m", "dataset": "d"},
+    RewardConfig: {"model": "m", "dataset": "d"},
     EvaluateConfig: {"model": "m", "dataset": "d", "reward_funcs": ["a.b"]},
     SampleConfig: {"model": "m"},
 }
@@ -146,6 +148,12 @@ SFT_OUT_OF_RANGE = [
     ("warmup_steps", -1, "a whole number >= 0 or null"),
 ]
 """What `train` lacks, or takes otherwise."""
+REWARD_OUT_OF_RANGE = [
+    ("reward.loss", "listwise", "plackett_luce or pairwise"),
+    ("reward.centring", -1, "a number >= 0"),
+    ("reward.label_smoothing", 0.5, "a number >= 0 and < 0.5"),
+]
+"""What `sft` lacks, or takes otherwise."""
 
 
 @pytest.mark.parametrize("key, value, takes", OUT_OF_RANGE)
@@ -162,6 +170,14 @@ def test_a_value_out_of_range_is_refused_by_sft(key: str, value: Any, takes: str
     assert one_sentence(caught.value) == f"{key} must be {takes}, not {value}."
 
 
+@pytest.mark.parametrize("key, value, takes", REWARD_OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_by_reward(key: str, value: Any, takes: str) -> None:
+    with pytest.raises(PairtuneError) as caught:
+        RewardConfig(**REQUIRED[RewardConfig] | {key: value})
+    shown = f'"{value}"' if isinstance(value, str) else value
+    assert one_sentence(caught.value) == f"{key} must be {takes}, not {shown}."
+
+
 def bounded(cls: type[Words]) -> dict[str, str]:
     """The fields that do not take everything of their type, and what they take."""
     unbounded = {"a text", "a text or null", "true or false", "a list of numbers or null", "a text or a list of texts"}
@@ -173,6 +189,9 @@ def test_every_bounded_field_has_a_case_out_of_range() -> None:
     assert set(bounded(TrainConfig)) == {key for key, _, _ in OUT_OF_RANGE}
     others = {key for key, takes in bounded(SFTConfig).items() if bounded(TrainConfig).get(key) != takes}
     assert others == {key for key, _, _ in SFT_OUT_OF_RANGE}
+    known = bounded(TrainConfig) | bounded(SFTConfig)
+    others = {key for key, takes in bounded(RewardConfig).items() if known.get(key) != takes}
+    assert others == {key for key, _, _ in REWARD_OUT_OF_RANGE}
 
 
 def wrong_types(cls: type[Words]) -> list[Any]:
@@ -642,7 +661,15 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "online_ipo.clip": True,
     "dpo.label_smoothing": 0.1,
     "ipo.label_smoothing": 0.2,
+    "cut_dialogues": False,
+    "margin_column": None,
+    "probability_column": "p",
+    "reward.loss": "pairwise",
+    "reward.centring": 0.01,
+    "reward.label_smoothing": 0.1,
+    "reward.normalise_mean": True,
     "ref_model": "other/model",
+    "reward_model": "some/reward-model",
     "best_of_n": 4,
     "output": "result.json",
     "prompt": "Hi",
@@ -654,6 +681,7 @@ UNLIKE_DEFAULT: dict[str, Any] = {
 REFUSED_TOGETHER = {
     TrainConfig: {"top_p", "top_k", "trainable_layers", "overwrite", "algorithm", "preference_func"},
     SFTConfig: {"trainable_layers", "overwrite"},
+    RewardConfig: {"trainable_layers", "overwrite"},
 }
 
 

@@ -500,13 +500,63 @@ def test_another_vocabulary_is_scored_from_the_text() -> None:
 def test_conversations_go_through_the_reward_models_own_template() -> None:
     model = make_classifier()
     tokenizer = make_tokenizer(chat=True, bos=True)  # its template writes the only BOS
-    wanted = [[BOS, USER, A, ASSISTANT, B, EOS], [BOS, USER, A, ASSISTANT, C, D, EOS]]
+    wanted = [[BOS, USER, A, ASSISTANT, B, EOS], [BOS, USER, A, ASSISTANT, C, D]]  # the second was cut
     expected = [score_alone(model, ids) for ids in wanted]
     for prompt, chat in (([{"role": "user", "content": "a"}], "never"), ("a", "auto"), ("a", "always")):
         rewards = RewardModel(model, tokenizer, chat=chat, policy_tokenizer=POLICY_TOKENIZER)
         assert model_scores(rewards, [prompt], [["b </s>", "c d"]]) == pytest.approx(expected, abs=1e-4)
     plain = RewardModel(model, tokenizer, chat="never", policy_tokenizer=POLICY_TOKENIZER)
     assert model_scores(plain, ["a"], [["b </s>"]]) == pytest.approx([score_alone(model, [A, B, EOS])], abs=1e-4)
+
+
+def chat_completions(prompts: Prompts, finished: bool) -> Completions:
+    """The ids of "b" behind each prompt, ended or not."""
+    ids = torch.tensor([[[B, EOS if finished else C]]] * len(prompts))
+    truncated = torch.full((len(prompts), 1), not finished)
+    return Completions(prompts.ids, prompts.mask, ids, ids > 0, torch.zeros(ids.shape), truncated, 0)
+
+
+def test_a_shared_template_is_read_from_the_ids_that_the_policy_read() -> None:
+    """With what the template writes behind an answer that was finished; the system prompt is in the ids."""
+    model, policy_tokenizer, tokenizer = make_classifier(), make_tokenizer(chat=True), make_tokenizer(chat=True)
+    for one in (policy_tokenizer, tokenizer):
+        one.chat_template = TEMPLATE.replace("</s>", "</s> f")
+    words = {"chat": "always", "system_prompt": "d"}
+    prompts = RawPrompts.from_rows([{"prompt": "a"}]).encode(policy_tokenizer, **words).batch([0])
+    opened = prompts.ids[0].tolist()
+    assert D in opened
+    assert opened[-1] == ASSISTANT
+    for policy, texts in ((policy_tokenizer, [["nonsense"]]), (None, None)):
+        judge = RewardModel(model, tokenizer, policy_tokenizer=policy, **words)
+        for finished, ids in ((True, [*opened, B, EOS, F]), (False, [*opened, B, C])):
+            given = texts or [["b" if finished else "b c"]]
+            got = judge.score(prompts, chat_completions(prompts, finished), given)
+            assert got == pytest.approx([score_alone(model, ids)], abs=1e-4)
+
+
+def test_another_template_is_not_read_from_the_ids_of_the_policy() -> None:
+    model, tokenizer = make_classifier(), make_tokenizer(chat=True)
+    policy_tokenizer = make_tokenizer(chat=True)
+    policy_tokenizer.chat_template = TEMPLATE.replace("assistant:", "f")
+    prompts = RawPrompts.from_rows([{"prompt": "a"}]).encode(policy_tokenizer).batch([0])
+    got = RewardModel(model, tokenizer, policy_tokenizer=policy_tokenizer).score(
+        prompts, chat_completions(prompts, True), [["b"]]
+    )
+    assert got == pytest.approx([score_alone(model, [BOS, USER, A, ASSISTANT, B, EOS])], abs=1e-4)
+
+
+def test_a_vocabulary_with_a_token_more_is_shared() -> None:
+    tokenizer = make_tokenizer(words=[*WORDS, "<more>"])
+    assert RewardModel(make_classifier(), tokenizer, policy_tokenizer=POLICY_TOKENIZER).same_vocabulary
+    assert not RewardModel(make_classifier(), POLICY_TOKENIZER, policy_tokenizer=tokenizer).same_vocabulary
+
+
+def test_a_saved_shift_is_added() -> None:
+    model = make_classifier()
+    (before,) = model_scores(RewardModel(model, make_tokenizer()), ["a"], [["b </s>"]])
+    model.config.pairtune_reward_shift = 2.5
+    (after,) = model_scores(RewardModel(model, make_tokenizer()), ["a"], [["b </s>"]])
+    assert after - before == pytest.approx(2.5, abs=1e-5)
 
 
 def test_batches_change_no_score_and_keep_the_order() -> None:
@@ -609,7 +659,8 @@ def test_a_template_that_refuses_is_one_sentence() -> None:
     tokenizer = make_tokenizer(chat=True)
     tokenizer.chat_template = "{{ raise_exception('users only') }}"
     with pytest.raises(
-        PairtuneError, match="template of reward model `reward_model` refuses the prompt 'a': users only"
+        PairtuneError,
+        match=r"row 0 of the prompts of reward model `reward_model`: .* template .* refuses .*: users only",
     ):
         model_scores(RewardModel(make_classifier(), tokenizer), ["a"], [["b", "c"]])
 

@@ -141,7 +141,8 @@ def _read_config(verb: Verb, flags: dict[str, Any]) -> Words | None:
         path = _config_of_run(verb, overrides)
         overrides = {"overwrite": "false", **overrides}  # a run that once replaced another is not to be replaced itself
     config = load_config(cls, path, overrides)
-    if getattr(config, "reward_funcs", None) == []:  # from Python they can be passed in; here they must be named
+    # From Python reward functions can be passed in; here they must be named.
+    if getattr(config, "reward_funcs", None) == [] and getattr(config, "reward_model", None) is None:
         raise PairtuneError(
             "reward_funcs is missing; "
             "give --reward_funcs with package.module.function, path/to/file.py:function or a reward model."

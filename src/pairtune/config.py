@@ -763,6 +763,9 @@ class EvaluateConfig(ModelWords, PromptWords, ChatWords, RewardWords, SamplingWo
 
     dataset_test_split: str = "test"
     """Split of the held-out prompts."""
+    reward_model: str | None = None
+    """Measure this reward model (a hub id, a folder or a run folder) on the comparisons of `dataset`, and nothing
+    else; `model` is not needed then. null: measure `model`."""
     ref_model: str | None = None
     """Measure the KL to this model: a hub id or a local folder; null: no KL."""
     batch_size: PositiveInt = 64
@@ -771,6 +774,14 @@ class EvaluateConfig(ModelWords, PromptWords, ChatWords, RewardWords, SamplingWo
     """Draw this many for every completion that is measured, and keep the one of the largest reward; 1: no choice."""
     output: str | None = None
     """JSON file for the result; null: only printed."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_model(cls, values: Any) -> Any:
+        """A reward model stands in for the policy that is not measured."""
+        if isinstance(values, dict) and values.get("reward_model") is not None and values.get("model") is None:
+            return values | {"model": values["reward_model"]}
+        return values
 
 
 class SampleConfig(ModelWords, ChatWords, SamplingWords):

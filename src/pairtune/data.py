@@ -589,13 +589,10 @@ class PromptDataset:
 
     def batch(self, rows: Sequence[int], *, device: torch.device | str = "cpu") -> Prompts:
         """The named rows as one batch, left-padded to its longest prompt: ids and mask (P, S), rows (P,)."""
-        width = max(len(self.token_ids[row]) for row in rows)
-        ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        for place, row in enumerate(rows):
-            length = len(self.token_ids[row])
-            ids[place, width - length :] = torch.tensor(self.token_ids[row])
-            mask[place, width - length :] = True
+        token_ids = [self.token_ids[row] for row in rows]
+        width = max(map(len, token_ids))
+        ids = torch.tensor([[self.pad_token_id] * (width - len(row)) + row for row in token_ids])
+        mask = torch.arange(width) >= width - torch.tensor([len(row) for row in token_ids])[:, None]
         return Prompts(
             ids=ids.to(device),
             mask=mask.to(device),

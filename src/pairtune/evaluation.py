@@ -15,10 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pairtune.config import EvaluateConfig
-from pairtune.data import PromptDataset, load_eval_prompts
+from pairtune.config import EvaluateConfig, RewardConfig
+from pairtune.data import PromptDataset, dataset_name, load_dataset_rows, load_eval_prompts
 from pairtune.errors import PairtuneError
 from pairtune.experience import decode, sampling_params
+from pairtune.feedback.comparisons import (
+    encode_comparisons,
+    evaluate_comparisons,
+    evaluation_line,
+    report_dict,
+    report_table,
+    score_comparisons,
+)
+from pairtune.feedback.reward_model import RewardModel
 from pairtune.feedback.rewards import RewardSet, Scores, load_rewards
 from pairtune.maths.kl import best_of_n_kl
 from pairtune.maths.masking import masked_sum
@@ -35,6 +44,7 @@ from pairtune.models.loading import (
 )
 from pairtune.models.logprobs import Scorer, can_share_prefix, causal_lm, divergence
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler, Sampler
+from pairtune.models.weights import resolve_model
 from pairtune.runs.display import evaluation_summary, make_console, progress
 from pairtune.runs.folder import write_atomic
 from pairtune.types import Completions
@@ -144,10 +154,13 @@ def evaluate(
 
     Without `ref_model` there is nothing to measure a KL to, and the metrics that need a reference are left out; but
     best-of-n, a decoding that moves away from the model it samples, is measured to that model.
+    With `reward_model` it is that model which is measured, see `evaluate_reward_model`.
     Raises PairtuneError for everything that a user can mend.
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if config.reward_model is not None:
+        return evaluate_reward_model(config, dataset)
     tokenizer = load_tokenizer(config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
     prompts = load_eval_prompts(config, tokenizer, dataset)
     rewards = load_rewards(config, tokenizer, prompts, reward_funcs)
@@ -163,6 +176,49 @@ def evaluate(
     make_console().print(evaluation_summary(line))
     if config.output is not None:
         content = {"config": config.model_dump(), "evaluation": line, "samples": samples}
+        write_atomic(Path(config.output), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return line
+
+
+def evaluate_reward_model(config: EvaluateConfig, dataset: Any = None) -> dict[str, Any]:
+    """Measure `reward_model` on held-out comparisons, as `pairtune reward` measures the model that it trains; prints a
+    table, writes JSON where `output` says so, returns the line.
+
+    Any sequence classifier with one label will do; the comparisons are tokenised by its own tokenizer.
+    Raises PairtuneError for everything that a user can mend.
+    """
+    assert config.reward_model is not None
+    split, source = config.dataset_test_split, config.dataset if dataset is None else dataset
+    variant = config.dataset_config if dataset is None else None
+    rows = load_dataset_rows(source, split=split, config=variant, only_split=split)
+    shared = ("prompt_column", "max_prompt_length", "max_completion_length", "chat", "system_prompt")
+    words = RewardConfig(
+        model=config.reward_model, dataset=config.dataset, **{name: getattr(config, name) for name in shared}
+    )
+    tokenizer = load_tokenizer(config.reward_model, trust_remote_code=config.trust_remote_code)
+    comparisons = encode_comparisons(rows, dataset_name(source), words, tokenizer)
+    device = choose_device(config.device)
+    judge = RewardModel.from_pretrained(
+        resolve_model(config.reward_model),
+        device=device,
+        dtype=torch.float32 if device.type == "cpu" else "auto",
+        trust_remote_code=config.trust_remote_code,
+        batch_size=config.reward_batch_size,
+        chat=config.chat,
+        system_prompt=config.system_prompt,
+        policy_tokenizer=tokenizer,
+    )
+    num_rows = min(len(comparisons), config.num_eval_prompts or len(comparisons))
+    with progress("scoring", num_rows) as advance:
+        rewards = score_comparisons(judge, comparisons, num_rows, config.batch_size, advance)
+    report = evaluate_comparisons(comparisons, rewards)
+    console = make_console()
+    for note in comparisons.data.notes:
+        console.print(note, markup=False)
+    console.print(report_table(report))
+    line = evaluation_line(report)
+    if config.output is not None:
+        content = {"config": config.model_dump(), "evaluation": report_dict(report)}
         write_atomic(Path(config.output), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return line
 

@@ -22,7 +22,7 @@ from pairtune.models.loading import LoadedPolicy
 from pairtune.models.logprobs import Layout
 from pairtune.models.sampler import Sampler, SamplingParams
 from pairtune.runs import distributed
-from pairtune.types import Completions, Experience, Prompts, Targets
+from pairtune.types import Completions, Experience, Prompts, Targets, real_ids
 
 if TYPE_CHECKING:
     from pairtune.completion_data import OfflineBatch, OfflineDataset
@@ -61,12 +61,7 @@ def sampling_params(config: Any) -> SamplingParams:
 def decode(tokenizer: Any, completions: Completions) -> list[list[str]]:
     """P lists of K texts, special tokens left out."""
     num_generations = completions.completion_ids.shape[1]
-    ids = [
-        row[mask].tolist()
-        for row, mask in zip(
-            completions.completion_ids.flatten(0, 1), completions.completion_mask.flatten(0, 1), strict=True
-        )
-    ]
+    ids = real_ids(completions.completion_ids.flatten(0, 1), completions.completion_mask.flatten(0, 1))
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [texts[i : i + num_generations] for i in range(0, len(texts), num_generations)]
 

@@ -15,6 +15,12 @@ Prompt = str | list[dict[str, Any]]
 """A prompt as its dataset gave it: plain text, or a conversation of `{"role", "content"}` turns."""
 
 
+def real_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The rows of `ids` (n, T) without what `mask` (n, T) leaves out."""
+    kept, ends = ids[mask].tolist(), mask.sum(-1).cumsum(0).tolist()
+    return [kept[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
 @dataclass(frozen=True)
 class Prompts:
     """A batch of prompts, tokenised once."""

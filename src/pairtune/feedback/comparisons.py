@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from pairtune.completion_data import (
 )
 from pairtune.data import RawPrompts, Row, columns_of, shortened
 from pairtune.errors import PairtuneError
+from pairtune.feedback.reward_model import RewardModel
 from pairtune.maths.calibration import Accuracy, Baseline, Bin, PairEvaluation, evaluate_pairs
 from pairtune.maths.reward_learning import MOST_TIED
 from pairtune.maths.statistics import Interval
@@ -46,11 +47,12 @@ class Comparisons:
     """Completions of one prompt each, and which of them is better."""
 
     data: OfflineDataset
-    """A pair is (chosen, rejected). The rank of a completion is minus its reward: the smallest is the best."""
+    """As a policy samples. A pair is (chosen, rejected). The rank of a completion is minus its reward: the smallest is
+    the best."""
+    closed: OfflineDataset
+    """The same as a reward model reads it: with what the chat template writes behind a finished answer."""
     ranked: bool
     """Whether completions are ranked; else they are pairs."""
-    lengths: list[list[int]]
-    """Tokens of each completion, EOS included, without what a chat template writes behind it."""
     margins: list[float] | None
     """Of each pair, reward units: by how much the chosen one should lead."""
     probabilities: list[float] | None
@@ -112,12 +114,11 @@ def encode_comparisons(
                     f"row {number} of {name} has tied ranks, which reward.loss plackett_luce takes among at most "
                     f"{MOST_TIED} completions a prompt, not {data.num_completions}; set reward.loss to pairwise."
                 )
-    lengths = [[len(completion.ids) for completion in group] for group in data.completions]
-    return Comparisons(_closed(data, config, tokenizer), ranked, lengths, margins, probabilities)
+    return Comparisons(data, _closed(data, config, tokenizer), ranked, margins, probabilities)
 
 
 def _closed(data: OfflineDataset, config: RewardConfig, tokenizer: PreTrainedTokenizerBase) -> OfflineDataset:
-    """With what the chat template writes behind a finished answer, as the end of a conversation is written."""
+    """Finished answers end as the template ends a conversation, so that its text has the same score for everyone."""
     tail = answer_end(RawPrompts(data.prompts[:1], {}, data.name), tokenizer, chat=config.chat)[1:]
     if not tail:
         return data
@@ -143,6 +144,28 @@ def _numbers(data: OfflineDataset, column: str | None, kind: str) -> list[float]
     return [float(value) for value in values]
 
 
+def score_comparisons(
+    judge: RewardModel, comparisons: Comparisons, num_rows: int, batch_size: int, advance: Callable[[float], None]
+) -> Tensor:
+    """(N, K) float64: what a reward model gives to the first rows, NaN where a row has no such completion.
+
+    Its tokenizer must be the one that the comparisons were tokenised with. Raises PairtuneError for a score that is not
+    finite.
+    """
+    scores = torch.full((num_rows, comparisons.data.num_completions), math.nan, dtype=torch.float64)
+    for start in range(0, num_rows, batch_size):
+        rows = range(start, min(start + batch_size, num_rows))
+        batch = comparisons.data.batch(rows)
+        # A completion that a row lacks is scored as an empty one, and the score not used.
+        given = judge.score(batch.prompts, batch.completions, [[""] * scores.shape[1] for _ in rows])
+        given_scores = torch.tensor(given, dtype=torch.float64).view(len(rows), -1)
+        if not given_scores[batch.reward_mask].isfinite().all():
+            raise PairtuneError(f"reward model `{judge.name}` gives scores that are not finite; check its weights.")
+        scores[start : start + len(rows)] = given_scores.masked_fill(~batch.reward_mask, math.nan)
+        advance(len(rows))
+    return scores
+
+
 # ----------------------------------------------------------------------------------------------------------- the report
 
 
@@ -166,7 +189,7 @@ def evaluate_comparisons(comparisons: Comparisons, rewards: Tensor) -> PairEvalu
         return torch.tensor([rewards[row, k].item() for row, k in places], dtype=torch.float64)
 
     def lengths_of(places: Sequence[tuple[int, int]]) -> Tensor:
-        return torch.tensor([comparisons.lengths[row][k] for row, k in places], dtype=torch.float64)
+        return torch.tensor([len(comparisons.data.completions[row][k].ids) for row, k in places], dtype=torch.float64)
 
     return evaluate_pairs(
         rewards_of(chosen),
@@ -179,9 +202,9 @@ def evaluate_comparisons(comparisons: Comparisons, rewards: Tensor) -> PairEvalu
 
 
 def evaluation_line(report: PairEvaluation) -> dict[str, Any]:
-    """What of a report a line of evaluations.jsonl holds."""
+    """What of a report a line of evaluations.jsonl holds; what no pair says anything of is left out."""
     length = report.length
-    return {
+    line = {
         "num_pairs": report.num_pairs,
         "num_prompts": report.num_prompts,
         "accuracy": report.accuracy._asdict(),
@@ -194,6 +217,25 @@ def evaluation_line(report: PairEvaluation) -> dict[str, Any]:
         "accuracy_minus_shorter_wins": length.shorter_wins.model_minus_baseline._asdict(),
         "reward_length_correlation": length.pearson_within_pairs,
     }
+    return {
+        name: value
+        for name, value in line.items()
+        if math.isfinite(value["mean"] if isinstance(value, dict) else value)
+    }
+
+
+def report_dict(report: PairEvaluation) -> dict[str, Any]:
+    """All of a report for JSON, which has no NaN and no infinity: None stands for both."""
+    finite: dict[str, Any] = _finite({"beats_length_baselines": report.beats_length_baselines, **report.as_dict()})
+    return finite
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report_table(report: PairEvaluation) -> Table:

@@ -7,12 +7,11 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from pairtune.completion_data import UNCUT, answer_end, encode_completions
 from pairtune.data import Chat, RawPrompts, first_line
 from pairtune.errors import PairtuneError
-from pairtune.types import Completions, Prompt, Prompts
+from pairtune.types import Completions, Prompt, Prompts, real_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -198,11 +197,6 @@ class RewardModel:
         """Plain text for an encoder, whose tokenizer closes a text in its own way."""
         joined = [f"{prompt}{text}" for prompt, group in zip(prompts.prompts, texts, strict=True) for text in group]
         return self.tokenizer(joined, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def real_ids(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The rows of `ids` (n, T) without what `mask` (n, T) leaves out."""
-    return [row[kept].tolist() for row, kept in zip(ids.cpu(), mask.cpu(), strict=True)]
 
 
 def _sampled_ids(completions: Completions) -> list[list[int]]:

@@ -38,10 +38,10 @@ from torch import Tensor
 
 from pairtune.data import PromptDataset, first_line, listed, shortened
 from pairtune.errors import PairtuneError
-from pairtune.feedback.reward_model import RewardModel, real_ids
+from pairtune.feedback.reward_model import RewardModel
 from pairtune.maths.masking import masked_mean, masked_sum
 from pairtune.runs import distributed
-from pairtune.types import Completions, Prompts
+from pairtune.types import Completions, Prompts, real_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

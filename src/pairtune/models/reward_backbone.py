@@ -8,6 +8,7 @@ with EOS as padding, a finished and an unfinished answer would score alike.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from collections.abc import Sequence
@@ -302,11 +303,23 @@ def choose_pad_token(tokenizer: Any, ends: Sequence[int]) -> str | None:
     taken = {*ends, tokenizer.eos_token_id, tokenizer.unk_token_id}
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id not in taken:
         return str(tokenizer.pad_token)
-    template = str(tokenizer.chat_template or "")
+    written = _written_by_template(tokenizer)
     spare = [
         token.content
         for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
-        if token.special and token_id not in taken | {tokenizer.bos_token_id} and token.content not in template
+        if token.special and token_id not in taken | {tokenizer.bos_token_id} and token.content not in written
     ]
     named = [token for token in spare if any(word in token.lower() for word in ("pad", "reserved", "unused"))]
     return next(iter(named), spare[-1] if spare else None)
+
+
+def _written_by_template(tokenizer: Any) -> str:
+    """The chat template and a conversation that it has rendered: a token may stand in one and not in the other."""
+    if not tokenizer.chat_template:
+        return ""
+    turns = [{"role": role, "content": ""} for role in ("system", "user", "assistant")]
+    written = [str(tokenizer.chat_template)]
+    for conversation in (turns, turns[1:]):
+        with contextlib.suppress(Exception):  # some refuse a system turn, and raise what they like
+            written.append(str(tokenizer.apply_chat_template(conversation, tokenize=False)))
+    return "".join(written)

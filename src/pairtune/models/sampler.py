@@ -359,9 +359,9 @@ class _TokenBuffer:
 
     def select(self, indices: Tensor) -> None:
         """Keeps these rows, in this order, which must be one of `compacted`: no row moves to where another is from."""
-        for to, source in enumerate(indices.tolist()):
-            if to != source:
-                self.buffer[to, :, self.start : self.stop] = self.buffer[source, :, self.start : self.stop]
+        to = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        kept = slice(self.start, self.stop)
+        self.buffer[to, :, kept] = self.buffer[indices[to], :, kept]
         self.rows = len(indices)
 
     def repeat(self, repeats: int) -> None:

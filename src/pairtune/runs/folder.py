@@ -38,10 +38,11 @@ METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAMPLES = "samples.jsonl"
 REPORT = "report.html"
+REWARD_REPORT = "reward_report.json"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 LOGS = (METRICS, EVALUATIONS, SAMPLES)
-FILES = (CONFIG, ENVIRONMENT, *LOGS, REPORT)
+FILES = (CONFIG, ENVIRONMENT, *LOGS, REPORT, REWARD_REPORT)
 
 LOCK = ".pairtune-lock"
 """Held while a process writes the folder. It is the first file there, so it also marks the folder as pairtune's."""

@@ -19,6 +19,7 @@ from pairtune.feedback.comparisons import (
     evaluate_comparisons,
     evaluation_line,
     load_comparisons,
+    report_dict,
     report_table,
 )
 from pairtune.feedback.reward_model import SHIFT
@@ -43,7 +44,6 @@ EVALUATION_BATCH = 16
 """Held-out rows of a forward pass."""
 SHIFT_ROWS = 512
 """Training rows whose best completion the mean of `reward.normalise_mean` is taken over."""
-REPORT = "reward_report.json"
 
 
 def reward(
@@ -113,7 +113,9 @@ def reward(
         if task.report is not None and result.finished:
             display.show(report_table(task.report))
             if distributed.is_main():
-                folder.write_atomic(run_dir / REPORT, _report_json(task, held_out, train_data, result.steps))
+                folder.write_atomic(
+                    run_dir / folder.REWARD_REPORT, _report_json(task, held_out, train_data, result.steps)
+                )
         return result
 
 
@@ -192,7 +194,7 @@ class RewardTask:
 
     def _rewards(self, comparisons: Comparisons, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
         """Rewards (P, K), which of them there are (P, K), and how many tokens the model has read."""
-        batch = comparisons.data.batch(rows, device=self.device)
+        batch = comparisons.closed.batch(rows, device=self.device)
         layout = make_layout(batch.completions, shared=self.backbone.shared)
         return self.backbone.rewards(layout), batch.reward_mask, int((layout.segments >= 0).sum())
 
@@ -237,7 +239,7 @@ class RewardTask:
 
     def _check_context(self, comparisons: Comparisons) -> None:
         """Raises PairtuneError where a prompt with its completion is longer than the model can read."""
-        data, context = comparisons.data, self.backbone.context_length
+        data, context = comparisons.closed, self.backbone.context_length
         longest = max(
             len(prompt) + max(len(one.ids) for one in group)
             for prompt, group in zip(data.prompt_dataset.token_ids, data.completions, strict=True)
@@ -250,7 +252,7 @@ class RewardTask:
 
 
 def _num_tokens(comparisons: Comparisons, row: int) -> int:
-    data = comparisons.data
+    data = comparisons.closed
     return len(data.prompt_dataset.token_ids[row]) + sum(len(one.ids) for one in data.completions[row])
 
 
@@ -262,17 +264,7 @@ def _report_json(task: RewardTask, held_out: Comparisons | None, train_data: Com
         "dataset": {"train": train_data.data.name, "held_out": held_out.data.name},
         "num_rows": {"train": len(train_data), "held_out": task.num_eval_rows},
         "left_out": {"train": train_data.data.notes, "held_out": held_out.data.notes},
-        "beats_length_baselines": task.report.beats_length_baselines,
         "reward_std": task.reward_std,
-        "evaluation": task.report.as_dict(),
+        "evaluation": report_dict(task.report),
     }
-    return json.dumps(_finite(content), indent=1, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
