@@ -155,7 +155,7 @@ def limit_of(config: TrainConfig, task: EnumerableTask, reference: Any, preferen
         return _rest_of_grpo(config, task, reference)
     if name == "online_ipo":
         wins = (rewards[:, :, None] - rewards[:, None]).sigmoid()  # (P, N, N), that the first is preferred
-        return _settled(ref.exp(), lambda law: (ref + (wins @ law[..., None])[..., 0] / (2 * beta)).softmax(-1))
+        return _settled(ref.exp(), lambda law: (ref + (wins @ law[..., None])[..., 0] / beta).softmax(-1))
     if name in ("dpo", "ipo"):
         assert preferences is not None
         return (ref + _offline_logratio(config, preferences)).softmax(-1)

@@ -372,16 +372,16 @@ def draw(record: dict[str, Any], path: Path) -> None:
         ticks = [10.0**power for power in range(-8, 2, 2)]
         axes[0].set_yticks([0, *ticks], ["exactly 0", *(f"{tick:g}" for tick in ticks)])
         axes[0].set_ylim(-SMALLEST / 3, 50)
-        axes[0].set_ylabel(f"largest difference between the two policies ({kind})")
+        axes[0].set_ylabel(f"largest difference of the two policies ({kind})", fontsize=8)
         for axis in axes[:2]:
             axis.set_xlabel("optimizer updates")
         axes[2].set_xscale("log", base=8)
         axes[2].set_xticks([*map(float, SIZES)], [*map(str, SIZES)])
         axes[2].set_xlabel("largest |delta(x)|")
-        axes[1].annotate(
-            "\n".join(["On the line:", "; ".join(list(INVARIANT)[:4]) + ";", "; ".join(list(INVARIANT)[4:8]) + ";",
-                       "; ".join(list(INVARIANT)[8:])]),
-            (0, 0), xytext=(4, 5), textcoords="offset points", color=ZERO_COLOUR, fontsize=6,
+        names = [*INVARIANT]
+        figure.suptitle(
+            f"On the line at 0: {'; '.join(names[:7])};\n{'; '.join(names[7:])}",
+            color=ZERO_COLOUR, fontsize=8, x=0.01, ha="left",
         )  # fmt: skip
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

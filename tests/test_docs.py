@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import sys
-from itertools import takewhile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -435,11 +434,9 @@ def test_the_commands_of_a_page_train(
             [rows] = blocks(PAGES[method], "jsonl")
             (tmp_path / words[words.index("--dataset") + 1]).write_text(rows.text)
         less = small | ({"minibatch_size": 1} if "--minibatch_size" in words else {})
-        shrunk = list(takewhile(lambda word: word != "--output_dir", words[1:]))
-        place = words[words.index("--output_dir") + 1]
         flags = [word for key, value in less.items() for word in (f"--{key}", str(value))]
-        kept = [word for word in without(shrunk, less) if word]
-        assert main([*kept, *flags, "--output_dir", place]) == 0
+        assert main([*without(words[1:], less), *flags]) == 0
+        place = words[words.index("--output_dir") + 1]
         assert len(lines(tmp_path / place, "metrics.jsonl")) == 2
 
 

@@ -134,7 +134,8 @@ def test_the_best_baselines_are_the_best(bench, place):
         for direction in directions:
             for step in (-0.01, 0.01):
                 assert variance(best + step * direction.double()) > variance(best)
-    mean, averaged = (bench.METHODS[f"REINFORCE, {name}"](place).variance for name in ("mean of the prompt", "moving average"))  # fmt: skip
+    mean = bench.METHODS["REINFORCE, mean of the prompt"](place).variance
+    averaged = bench.METHODS["REINFORCE, moving average"](place).variance
     assert variance(each) < mean
     assert variance(each) < variance(one) < averaged
 
@@ -252,7 +253,7 @@ def test_policies_on_the_way_have_the_regret_that_is_said(bench):
     shares = [regret / regrets[0] for regret in regrets]
     assert shares[0] == 1
     assert 0.4 < shares[1] <= 0.5
-    assert 0.008 < shares[2] <= 0.01
+    assert 0.05 < shares[2] <= 1 / 16
     for x in found.values():
         assert torch.equal(sequence_logprobs(x.reference, task), reference)
 
@@ -317,16 +318,16 @@ def test_the_command_writes_its_files(bench, monkeypatch, tmp_path, capsys):
     few = (PAIR, "REINFORCE, moving average", "PPO, VPG; exact values")
     monkeypatch.setattr(bench, "METHODS", {name: bench.METHODS[name] for name in few})
     monkeypatch.setattr(bench, "COMPARED", few[1:])
-    monkeypatch.setattr(bench, "MAX_LENGTH", 2)
+    monkeypatch.setitem(bench.MAX_LENGTHS, "tabular", 2)
     folder = tmp_path / "new"
-    bench.main(["--seeds", "3", "5", "--models", "tabular", "--output", str(folder)])
+    bench.main(["--seeds", "3", "--models", "tabular", "--output", str(folder)])
     assert sorted(path.name for path in folder.iterdir()) == [
         f"gradient_variance.{kind}" for kind in ("json", "md", "svg")
     ]
     written = json.loads((folder / "gradient_variance.json").read_text())
-    assert written["command"].endswith("--seeds 3 5 --models tabular --output ...")
+    assert written["command"].endswith("--seeds 3 --models tabular --output ...")
     assert str(tmp_path) not in json.dumps(written)
-    assert len(written["figures"]["tabular"]["half way"][PAIR]["with_prompts"]) == 2
+    assert len(written["figures"]["tabular"]["half way"][PAIR]["with_prompts"]) == 1
     text = (folder / "gradient_variance.md").read_text()
     assert text == bench.as_markdown(written)
     assert text in capsys.readouterr().out

@@ -17,6 +17,7 @@ from torch import Tensor
 from pairtune.completion_data import load_preferences, load_scored
 from pairtune.config import METHODS
 from pairtune.evidence.exact import (
+    EnumerableTask,
     exact_values,
     gradient_law,
     optimum,
@@ -65,21 +66,21 @@ def reference() -> Any:
     return tabular_model(TASK, seed=0)
 
 
-def table_with(law: Tensor, reference: Any) -> Any:
+def table_with(law: Tensor, reference: Any, task: EnumerableTask = TASK) -> Any:
     """A tabular float64 policy with these (P, N) probabilities of completions."""
     model = copy.deepcopy(reference).double()
     table = model.model.table.weight
     with torch.no_grad():
         values = table.clone()
         table.copy_(torch.arange(len(table)).to(table)[:, None].expand_as(table))  # each row says which it is
-        for prompt, probs in zip(TASK.prompts, law, strict=True):
-            for prefix in {s[:t] for s in TASK.sequences for t in range(len(s))}:
+        for prompt, probs in zip(task.prompts, law, strict=True):
+            for prefix in {s[:t] for s in task.sequences for t in range(len(s))}:
                 row = int(model.model(torch.tensor([[*prompt, *prefix]])).last_hidden_state[0, -1, 0])
-                for word in range(TASK.vocab_size):
-                    begins = [s[: len(prefix) + 1] == (*prefix, word) for s in TASK.sequences]
+                for word in range(task.vocab_size):
+                    begins = [s[: len(prefix) + 1] == (*prefix, word) for s in task.sequences]
                     values[row, word] = probs[begins].sum().clamp(min=1e-300).log()
         table.copy_(values)
-    torch.testing.assert_close(sequence_logprobs(model, TASK).exp(), law, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sequence_logprobs(model, task).exp(), law, rtol=0, atol=1e-12)
     return model
 
 
@@ -103,6 +104,17 @@ def test_the_expected_gradient_vanishes_at_the_limit_and_nowhere_near(name: str,
     best = optimum(TASK, sequence_logprobs(reference, TASK), limits.BETA).logprobs.exp()
     at_optimum = expected_gradient(name, table_with(best, reference), reference).abs().max() < 1e-8
     assert at_optimum == BY_NAME[name].at_optimum
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_the_rest_of_grpo_among_completions_of_three_lengths(standardise: bool) -> None:
+    """With no more than two tokens the mean over a completion's tokens would leave the limit where it is."""
+    task = EnumerableTask.random(num_prompts=2, max_completion_length=3, seed=1)
+    reference = tabular_model(task, seed=1)
+    words = {"algorithm": "grpo", "num_generations": 2, "grpo.standardise": standardise}
+    config = limits.configuration(task, words)
+    policy = table_with(limits.limit_of(config, task, reference), reference, task)
+    assert gradient_law(config, task, policy, reference).gradient.abs().max() < 1e-8
 
 
 def test_every_method_has_a_case() -> None:

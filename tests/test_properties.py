@@ -298,6 +298,13 @@ def test_a_tie_has_no_hard_label() -> None:
     assert expected.abs().max() > 1e-3  # a label of one half draws the pair to the reference
 
 
+def test_tied_best_completions_log_one_reward() -> None:
+    policy, values, experience = collected(num_generations=4)
+    rewards = torch.tensor([0.5, 0.25, 0.5, -1.0], dtype=torch.float64).expand(5, 4)
+    output = output_of(policy, values, with_fields(experience, rewards=rewards), config_of("raft"))
+    assert output.metrics["reward_best"].tolist() == [0.5] * 5
+
+
 def test_the_moving_average_is_of_earlier_steps() -> None:
     _, _, experience = collected()
     config = config_of("reinforce")

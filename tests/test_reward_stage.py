@@ -598,6 +598,32 @@ def test_the_report_reads_labels_margins_and_lengths(tiny_tokenizer: Any) -> Non
     assert (report.num_pairs, report.accuracy.mean) == (3 + 1 + 5, 1.0)
 
 
+@pytest.mark.parametrize("chat", ["never", "always"])
+def test_evaluate_measures_any_reward_model_alike(
+    tiny_tokenizer: Any, tmp_path: Path, chat: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_tokenizer.chat_template = NEWLINE_TEMPLATE
+    backbone = backbone_of(tiny_tokenizer)
+    backbone.save(tmp_path / "model")
+    data = comparisons(tiny_tokenizer, HELD_OUT, chat=chat)
+    task = RewardTask(backbone, data, data)
+    with torch.no_grad():
+        expected = task.evaluate(lambda rows: None)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in HELD_OUT))
+    words = ["--reward_model", str(tmp_path / "model"), "--dataset", str(path), "--chat", chat, "--device", "cpu"]
+    assert main(["evaluate", *words, "--output", str(tmp_path / "out.json")]) == 0
+    assert "the shorter one wins" in capsys.readouterr().out
+    got = json.loads((tmp_path / "out.json").read_text())["evaluation"]
+    assert got["accuracy"] == expected["accuracy"]
+    assert got["log_likelihood"]["mean"] == pytest.approx(expected["log_likelihood"]["mean"], abs=1e-4)
+    ranked = tmp_path / "ranked.jsonl"
+    ranked.write_text("".join(json.dumps(row) + "\n" for row in RANKED))
+    words[3] = str(ranked)
+    assert main(["evaluate", *words, "--output", str(tmp_path / "out.json")]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["evaluation"]["num_pairs"] == 9
+
+
 def test_one_row_and_no_held_out_rows(run: Run) -> None:
     result = run(rows=ROWS[:1], held_out=HELD_OUT[:1], max_steps=2)
     (_, last) = lines(result, "evaluations")

@@ -234,7 +234,7 @@ def _raft_loss(
     mask = experience.reward_mask
     ranked = _shaped(experience, config) if config.raft.rank_by == "shaped" else experience.rewards
     policy, old = _sequence(policy_logprobs, experience), _sequence(_old(experience), experience)
-    best = masked_sum(experience.rewards, mask & (ranked == ranked.masked_fill(~mask, -torch.inf).amax(-1, True)), -1)
+    best = masked_mean(experience.rewards, mask & (ranked == ranked.masked_fill(~mask, -torch.inf).amax(-1, True)), -1)
     return LossOutput(
         losses=policy_gradient.raft_loss(policy, ranked, mask=mask),
         mask=_groups_with_a_pair(experience),

@@ -106,13 +106,13 @@ WORDS_ELSEWHERE: dict[str, str] = {
     "prompt_column": "dataset_text_field input_key",
     "ref_model": "ref_model_name_or_path",
     "resume": "resume_from_checkpoint",
-    "reward_funcs": "reward_fn reward_model reward_model_name_or_path reward_model_path",
+    "reward_funcs": "reward_fn reward_model_name_or_path reward_model_path",
     "stop": "stop_sequences stop_token",
     "trainable_layers": "num_layers_unfrozen",
     "warmup_steps": "warmup_ratio",
 }
-"""Our word -> what trl, transformers and trlX call the nearest thing. Never accepted, only named in an error. Of several
-of ours for one of theirs, the first that a verb has is meant."""
+"""Our word -> what trl, transformers and trlX call the nearest thing. Never accepted, only named in an error. Of
+several of ours for one of theirs, the first that a verb has is meant."""
 
 FOREIGN_WORDS: dict[str, list[str]] = {}
 for _ours, _theirs in WORDS_ELSEWHERE.items():
@@ -626,7 +626,7 @@ class SupervisedWords(SupervisedOptimizerWords):
 
     batch_size: PositiveInt = 32
     """Rows an update at most, over all processes; an epoch is cut into updates of equal size (one row more or less)."""
-    micro_batch_size: PositiveInt | None = 8
+    micro_batch_size: PositiveInt | None = 4
     """Rows a forward pass on one process; changes memory and speed, not the gradient; null: all of the update."""
     num_epochs: PositiveFloat = 1.0
     """Passes over the training rows; 0.5: half of them."""
@@ -866,6 +866,13 @@ def warnings_for(config: TrainConfig) -> list[str]:
         warnings.append(
             f"num_iterations is 1 with one minibatch a batch, so every ratio is 1 and epsilon{knobs} nothing; "
             "set num_iterations to 2 or more."
+        )
+    unclipped_rloo = config.algorithm == "rloo" and not config.rloo.clip
+    if config.updates_per_step > 1 and (config.algorithm in ("reinforce", "vpg") or unclipped_rloo):
+        mend = "set num_iterations to 1" + (", or rloo.clip to true" if unclipped_rloo else "")
+        warnings.append(
+            f"{config.algorithm} has no ratio, so of the {config.updates_per_step} updates a step only the first "
+            f"follows the objective's gradient; {mend}."
         )
     if config.offline and config.num_iterations > 1:
         warnings.append(

@@ -204,7 +204,7 @@ def evaluate_comparisons(comparisons: Comparisons, rewards: Tensor) -> PairEvalu
 def evaluation_line(report: PairEvaluation) -> dict[str, Any]:
     """What of a report a line of evaluations.jsonl holds; what no pair says anything of is left out."""
     length = report.length
-    line = {
+    line: dict[str, Any] = {
         "num_pairs": report.num_pairs,
         "num_prompts": report.num_prompts,
         "accuracy": report.accuracy._asdict(),

@@ -144,9 +144,8 @@ class SFTTask:
 def example_layout(examples: Sequence[Example], device: torch.device | str = "cpu") -> Layout:
     """A row for each example, right-padded; P = R examples, K = 1, T the most tokens that one of them learns.
 
-    One example a row and rows of like length together, not several examples packed into a row: what packing saves of
-    padding, its mask over the whole row costs again in attention. The last token of an example is only ever predicted,
-    so no row holds it.
+    One example a row, so that every architecture can take it; the loop puts rows of like length together. The last
+    token of an example is only ever predicted, so no row holds it.
     """
     width = max(len(example.ids) for example in examples) - 1
     num_learned = max(len(example.learned) for example in examples)
