@@ -1,7 +1,7 @@
 """Where each method comes to rest: training on an enumerable task against the point that theory says it approaches.
 
     python benchmarks/limits.py                          # all cases, three seeds, ten to twenty minutes on one core
-    python benchmarks/limits.py --seeds 0 --only ppo     # those whose name contains a word
+    python benchmarks/limits.py --only ppo rloo          # anew those whose name contains a word; the others stay
 
 Every case goes through `pairtune.train` on `TASK`, a language of three prompts with seven completions each, whose
 policy is a free table. `limit_of` gives the point: the optimum of E[r] - beta KL(policy || reference) for most methods,
@@ -61,6 +61,7 @@ class Case:
     words: dict[str, Any] = field(default_factory=dict)
     """Of the configuration, beside `COMMON`."""
     at_optimum: bool = True
+    """Of E[r] - beta KL(policy || reference); else another point."""
     max_variation: float = MAX_VARIATION
     note: str = ""
 
@@ -100,8 +101,9 @@ COMMON: dict[str, Any] = {
 }
 """Of every case that does not say otherwise: 256 completions a step, 280 updates, the learning rate down to 0. The norm
 of gradients is not clipped, for the mean of clipped gradients is no gradient."""
-ONE_UPDATE: dict[str, Any] = {"num_iterations": 1, "max_steps": 130, "learning_rate": 0.2}
-"""For methods whose later updates of a batch follow another gradient than J's."""
+ONE_UPDATE: dict[str, Any] = {"num_iterations": 1, "max_steps": 250, "learning_rate": 0.15}
+"""For methods whose later updates of a batch follow another gradient than J's, and for those whose gradient still
+scatters at the limit: four updates on one batch follow its chances."""
 OFFLINE: dict[str, Any] = {"num_iterations": 1, "max_steps": 400}
 
 CASES = (
@@ -118,7 +120,7 @@ CASES = (
     Case("ppo", {"ppo.whiten_advantages": False}),
     Case("ppo, whitening", {"ppo.whiten_advantages": True}, note="the default"),
     Case("online_dpo"),
-    Case("online_dpo, sampled labels", {"online_dpo.labels": "sampled"}),
+    Case("online_dpo, sampled labels", {**ONE_UPDATE, "online_dpo.labels": "sampled"}),
     Case("copg"),
     Case("copg, replay 2", {"replay": 2, "max_steps": 40}),
     Case("copg, offline", {**OFFLINE, "copg.offline": True, "batch_size": 3}, note="21 scored completions a prompt"),
@@ -127,8 +129,8 @@ CASES = (
     Case("grpo, KL in the reward, standardised", {"grpo.kl_in": "reward"}),
     Case("raft, ranked by shaped reward", {"raft.rank_by": "shaped"}),
     Case("raft", at_optimum=False, note="the best completion"),
-    Case("grpo", at_optimum=False, note="the paper's: standardised, k3 in the loss"),
-    Case("grpo, centred", {"grpo.standardise": False}, at_optimum=False, note="k3 in the loss"),
+    Case("grpo", ONE_UPDATE, False, 0.03, "the paper's: standardised, k3 in the loss"),
+    Case("grpo, centred", {**ONE_UPDATE, "grpo.standardise": False}, False, 0.03, "k3 in the loss"),
     Case("online_ipo", at_optimum=False, note="the chance to win against itself"),
     Case("dpo", OFFLINE, at_optimum=False, note="the minimiser for its 900 pairs"),
     Case("ipo", OFFLINE, at_optimum=False, note="the minimiser for its 900 pairs"),
@@ -387,7 +389,7 @@ def as_markdown(record: dict[str, Any]) -> str:
     lines = [
         "# Where training comes to rest, recorded",
         "",
-        f"`{record['command']}`",
+        *(f"`{command}`" for command in dict.fromkeys(found["command"] for found in record["cases"])),
         "",
         machine_line(record),
         "",
@@ -483,7 +485,7 @@ class Progress:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=whole(0), nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--only", default="", help="cases whose name contains this; default: all")
+    parser.add_argument("--only", nargs="+", help="cases whose name contains a word; the record keeps its others")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; older ones are replaced")
     return parser
 
@@ -500,14 +502,30 @@ def whole(least: int) -> Callable[[str], int]:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
-    cases = [case for case in CASES if args.only in case.name]
+    cases = [case for case in CASES if args.only is None or any(word in case.name for word in args.only)]
     if not cases:
-        raise SystemExit(f"no case has {args.only!r} in its name; there are: {', '.join(case.name for case in CASES)}")
-    record = {**provenance("limits", argv, args.output), **measure(cases, args.seeds)}
+        raise SystemExit(f"no case is named so; there are: {', '.join(case.name for case in CASES)}")
+    source = provenance("limits", argv, args.output)
+    record = {**source, **measure(cases, args.seeds)}
+    for found in record["cases"]:
+        found["command"], found["commit"] = source["command"], source["environment"]["commit"]
+    path = args.output / "limits.json"
+    if args.only is not None and path.exists():
+        record = completed(record, json.loads(path.read_text()))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "limits.json").write_text(json.dumps(record, indent=1) + "\n")
-    (args.output / "limits.md").write_text(as_markdown(record))
-    print((args.output / "limits.md").read_text())
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(as_markdown(record))
+    print(path.with_suffix(".md").read_text())
+
+
+def completed(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """A record of some cases, with the others as they were; each case says what command it is of."""
+    cases = {found["name"]: found for found in [*earlier["cases"], *record["cases"]]}
+    order = [case.name for case in CASES]
+    return {
+        **record,
+        "cases": sorted((c for c in cases.values() if c["name"] in order), key=lambda c: order.index(c["name"])),
+    }
 
 
 if __name__ == "__main__":

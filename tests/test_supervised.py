@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from pairtune.config import SFTConfig
+from pairtune.runs import folder
 from pairtune.runs.display import Display
 from pairtune.runs.metrics import read_jsonl, without_times
 from pairtune.stages.sft import SFTTask, sft
-from pairtune.stages.supervised import compute_dtype, num_updates, update_rows, updates_per_epoch, warmup_updates
+from pairtune.stages.supervised import num_updates, update_rows, updates_per_epoch, warmup_updates
 
 ROWS = [{"prompt": "q" * n, "completion": "a" * (13 - n)} for n in range(1, 12)]
 HELD_OUT = [{"prompt": "qq", "completion": "aaa"}, {"prompt": "q", "completion": "a"}]
@@ -81,11 +82,10 @@ def test_the_warm_up_is_a_share_of_the_run_unless_it_is_given() -> None:
 
 def test_the_measured_precision_is_kept(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"compute_dtype": "torch.bfloat16"}')
-    there = {"output_dir": str(tmp_path)}
-    assert compute_dtype(config(**there, resume=True), "auto") == "bfloat16"
-    assert compute_dtype(config(**there, resume=True), "float32") == "float32"
-    assert compute_dtype(config(**there), "auto") == "auto"
-    assert compute_dtype(config(output_dir="nowhere", resume=True), "auto") == "auto"
+    assert folder.compute_dtype(tmp_path, "auto", resume=True) == "bfloat16"
+    assert folder.compute_dtype(tmp_path, "float32", resume=True) == "float32"
+    assert folder.compute_dtype(tmp_path, "auto", resume=False) == "auto"
+    assert folder.compute_dtype(tmp_path / "nowhere", "auto", resume=True) == "auto"
 
 
 # ---------------------------------------------------------------------------------------------------- several processes

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pairtune.config import EvaluateConfig as EvaluateConfig
+    from pairtune.config import SFTConfig as SFTConfig
     from pairtune.config import TrainConfig as TrainConfig
     from pairtune.errors import PairtuneError as PairtuneError
     from pairtune.evaluation import evaluate as evaluate
     from pairtune.stages.rl import train as train
+    from pairtune.stages.sft import sft as sft
 
 # torch's CPU allocator reads this once, at its first allocation: then it asks for huge pages, and a forward pass of a
 # 135M model on two cores takes 3.6 s in place of 4.5, a backward pass 5.0 in place of 5.7. A user's own setting wins.
@@ -25,12 +27,14 @@ __version__ = "0.1.0"
 _HOME = {
     "train": "pairtune.stages.rl",
     "TrainConfig": "pairtune.config",
+    "sft": "pairtune.stages.sft",
+    "SFTConfig": "pairtune.config",
     "evaluate": "pairtune.evaluation",
     "EvaluateConfig": "pairtune.config",
     "PairtuneError": "pairtune.errors",
 }
 
-__all__ = ["train", "TrainConfig", "evaluate", "EvaluateConfig", "PairtuneError", "__version__"]
+__all__ = ["train", "TrainConfig", "sft", "SFTConfig", "evaluate", "EvaluateConfig", "PairtuneError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

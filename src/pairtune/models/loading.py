@@ -287,6 +287,7 @@ def load_policy(
     gradient_checkpointing: bool = False,
     with_values: bool = False,
     value_model: str | Any | None = None,
+    with_reference: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedPolicy:
@@ -299,7 +300,8 @@ def load_policy(
     `with_values` is for a method that has a value function, and `value_model` is read only then: None for a linear head
     on the policy that starts at zero, else the reward model (a hub id, a local folder, or one in memory) from which a
     network of its own starts, fully trained whatever is trained of the policy. A model in memory is trained in place,
-    so it must not be the one that gives the rewards.
+    so it must not be the one that gives the rewards. Without `with_reference` no copy of all weights is made, for a
+    stage that measures no KL: `reference` is then not to be used.
     """
     torch_device = choose_device(device)
     notes = []
@@ -340,11 +342,12 @@ def load_policy(
         shared = shared and can_share_prefix(value.model)
         size = sum(p.numel() for _, p in value.named_parameters())
         notes.append(f"values come from a network of their own, {size / 1e6:.1f}M parameters, all trained")
-    notes.append(
-        "prompts are encoded once for all their completions"
-        if shared
-        else "this architecture takes one row a completion"
-    )
+    if with_reference:
+        notes.append(
+            "prompts are encoded once for all their completions"
+            if shared
+            else "this architecture takes one row a completion"
+        )
 
     if lora_r is not None:
         model, scorer, reference = _with_adapter(model, shared, lora_r, lora_alpha, lora_target_modules)
@@ -353,7 +356,7 @@ def load_policy(
     else:
         model.requires_grad_(True)
         scorer = Scorer(model, shared=shared)
-        reference = Scorer(frozen_copy(model), shared=shared)
+        reference = Scorer(frozen_copy(model), shared=shared) if with_reference else scorer
     if gradient_checkpointing:
         causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
         if lora_r is not None:

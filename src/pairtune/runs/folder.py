@@ -51,7 +51,7 @@ MAY_DIFFER_ON_RESUME = frozenset(
     {
         # where a run ends, what it keeps and whom it tells
         *("max_steps", "max_minutes", "save_steps", "keep_last", "eval_steps", "report_to", "num_completions_to_log"),
-        *("output_dir", "resume", "overwrite"),
+        *("num_epochs", "num_eval_examples", "output_dir", "resume", "overwrite"),
         # the same mathematics, cut another way: who ran out of memory may go on with a smaller cut
         *("micro_batch_size", "reward_batch_size", "gradient_checkpointing", "num_threads"),
     }
@@ -192,11 +192,21 @@ def check(output_dir: str | Path, config_yaml: str, *, overwrite: bool = False, 
         raise PairtuneError(f"{path} has checkpoints but no {CONFIG}, so nothing says how to go on; put it back")
 
 
+def compute_dtype(run_dir: Path, asked: str, *, resume: bool) -> str:
+    """The precision to ask for. Measured anew, `auto` could come out otherwise when a run goes on: the first answer
+    stands."""
+    if resume and asked == "auto":
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            environment = json.loads((run_dir / ENVIRONMENT).read_text("utf-8"))
+            return str(environment["compute_dtype"]).removeprefix("torch.")
+    return asked
+
+
 def _refuse_other_config(stored_path: Path, config_yaml: str) -> None:
     before, now = flatten(read_config(stored_path)), flatten(yaml.safe_load(config_yaml) or {})
     may_differ = set(MAY_DIFFER_ON_RESUME)
     if before.get("lr_scheduler_type") in ("linear", "cosine"):
-        may_differ.remove("max_steps")  # the schedule is stretched over max_steps
+        may_differ -= {"max_steps", "num_epochs"}  # the schedule is stretched over them
     for name in [*now, *(name for name in before if name not in now)]:
         if name not in may_differ and before.get(name) != now.get(name):
             raise PairtuneError(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,19 @@ from pairtune.models.loading import MasterWeights
 from pairtune.runs import distributed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves in memory."""
+
+    output_dir: Path
+    steps: int
+    """Steps done, over all resumes."""
+    finished: bool
+    """False where a signal ended the run early; it can be resumed."""
+    model: Any
+    tokenizer: Any
 
 
 def make_optimizer(config: OptimizerWords, masters: MasterWeights) -> torch.optim.AdamW:

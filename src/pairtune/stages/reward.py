@@ -37,8 +37,8 @@ from pairtune.models.reward_backbone import RewardBackbone, load_reward_backbone
 from pairtune.runs import distributed, folder
 from pairtune.runs.display import Display
 from pairtune.runs.metrics import read_jsonl
-from pairtune.stages.rl import TrainResult
-from pairtune.stages.supervised import TaskLoss, compute_dtype, num_updates, prepare_run, train_supervised
+from pairtune.stages.optimization import TrainResult
+from pairtune.stages.supervised import TaskLoss, num_updates, prepare_run, train_supervised
 
 EVALUATION_BATCH = 16
 """Held-out rows of a forward pass."""
@@ -92,7 +92,7 @@ def reward(
             backbone = load_reward_backbone(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,
-                dtype=compute_dtype(config, config.dtype),
+                dtype=folder.compute_dtype(run_dir, config.dtype, resume=config.resume),
                 device=device,
                 attn_implementation=config.attn_implementation,
                 trainable_layers=config.trainable_layers,

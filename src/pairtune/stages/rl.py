@@ -4,7 +4,6 @@ events."""
 from __future__ import annotations
 
 import contextlib
-import json
 import statistics
 import time
 import warnings
@@ -46,6 +45,7 @@ from pairtune.runs.display import Display
 from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
 from pairtune.runs.signals import stop_on_signals
 from pairtune.stages.optimization import (
+    TrainResult,
     apply_gradients,
     learning_rate_factor,
     load_state_tensors,
@@ -53,19 +53,6 @@ from pairtune.stages.optimization import (
     state_tensors,
 )
 from pairtune.types import Experience, LossOutput
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run leaves in memory."""
-
-    output_dir: Path
-    steps: int
-    """Steps done, over all resumes."""
-    finished: bool
-    """False where a signal ended the run early; it can be resumed."""
-    model: Any
-    tokenizer: Any
 
 
 def train(
@@ -117,7 +104,7 @@ def train(
             policy = load_policy(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,
-                dtype=_compute_dtype(config, run_dir),
+                dtype=folder.compute_dtype(run_dir, config.dtype, resume=config.resume),
                 device=config.device if device is None else str(device),
                 attn_implementation=config.attn_implementation,
                 trainable_layers=config.trainable_layers,
@@ -183,16 +170,6 @@ def _load_feedback(
     if eval_prompts is None or not (reward_funcs or config.reward_funcs):
         return preferences, None
     return preferences, load_rewards(config, tokenizer, eval_prompts, reward_funcs)
-
-
-def _compute_dtype(config: TrainConfig, run_dir: Path) -> str:
-    """The precision to ask for. Measured anew, `auto` could come out otherwise when a run goes on: the first answer
-    stands."""
-    if config.resume and config.dtype == "auto":
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            environment = json.loads((run_dir / folder.ENVIRONMENT).read_text("utf-8"))
-            return str(environment["compute_dtype"]).removeprefix("torch.")
-    return config.dtype
 
 
 def _check_shares(config: TrainConfig) -> None:

@@ -19,8 +19,8 @@ from pairtune.models.logprobs import Layout, causal_lm
 from pairtune.runs import folder
 from pairtune.runs.display import Display
 from pairtune.runs.metrics import read_jsonl
-from pairtune.stages.rl import TrainResult
-from pairtune.stages.supervised import TaskLoss, compute_dtype, num_updates, prepare_run, train_supervised
+from pairtune.stages.optimization import TrainResult
+from pairtune.stages.supervised import TaskLoss, num_updates, prepare_run, train_supervised
 
 EVALUATION_BATCH = 16
 """Held-out examples of a forward pass."""
@@ -68,7 +68,7 @@ def sft(
             policy = load_policy(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,
-                dtype=compute_dtype(config, config.dtype),
+                dtype=folder.compute_dtype(run_dir, config.dtype, resume=config.resume),
                 device=device,
                 attn_implementation=config.attn_implementation,
                 trainable_layers=config.trainable_layers,
@@ -76,13 +76,13 @@ def sft(
                 lora_alpha=config.lora_alpha,
                 lora_target_modules=config.lora_target_modules,
                 gradient_checkpointing=config.gradient_checkpointing,
+                with_reference=False,
                 revision=config.model_revision,
                 trust_remote_code=config.trust_remote_code,
             )
         task = SFTTask(policy, train_data, held_out, num_eval_examples=config.num_eval_examples)
         for note in policy.notes:
             display.message(note)
-        del policy  # and with it the reference, which only the third stage needs
         return train_supervised(config, task, run_dir, display, stack, derived=_with_perplexity)
 
 

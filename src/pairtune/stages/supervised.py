@@ -4,7 +4,6 @@ bottom in the order of events; what is learned is the task's."""
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections import defaultdict
@@ -25,13 +24,13 @@ from pairtune.runs.display import Display
 from pairtune.runs.metrics import RunLog, Timer, check_trackers
 from pairtune.runs.signals import stop_on_signals
 from pairtune.stages.optimization import (
+    TrainResult,
     apply_gradients,
     learning_rate_factor,
     load_state_tensors,
     make_optimizer,
     state_tensors,
 )
-from pairtune.stages.rl import TrainResult
 
 WARMUP_SHARE = 0.03
 """Of all updates, where `warmup_steps` is null: as in the recipe of Stanford Alpaca (2023)."""
@@ -94,16 +93,6 @@ def prepare_run(config: SupervisedWords, *, device: str, num_threads: int | None
     if distributed.is_main():
         folder.check(config.output_dir, config_to_yaml(config), overwrite=config.overwrite, resume=config.resume)
     return device if process_device is None else str(process_device)
-
-
-def compute_dtype(config: SupervisedWords, dtype: str) -> str:
-    """The precision to ask for. Measured anew, `auto` could come out otherwise when a run goes on: the first answer
-    stands."""
-    if config.resume and dtype == "auto":
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            environment = json.loads((Path(config.output_dir) / folder.ENVIRONMENT).read_text("utf-8"))
-            return str(environment["compute_dtype"]).removeprefix("torch.")
-    return dtype
 
 
 def updates_per_epoch(config: SupervisedWords, num_rows: int) -> int:
