@@ -120,7 +120,7 @@ CASES = (
     Case("ppo", {"ppo.whiten_advantages": False}),
     Case("ppo, whitening", {"ppo.whiten_advantages": True}, note="the default"),
     Case("online_dpo"),
-    Case("online_dpo, sampled labels", {**ONE_UPDATE, "online_dpo.labels": "sampled"}),
+    Case("online_dpo, sampled labels", {**ONE_UPDATE, "online_dpo.labels": "sampled", "batch_size": 256}),
     Case("copg"),
     Case("copg, replay 2", {"replay": 2, "max_steps": 40}),
     Case("copg, offline", {**OFFLINE, "copg.offline": True, "batch_size": 3}, note="21 scored completions a prompt"),
@@ -129,8 +129,8 @@ CASES = (
     Case("grpo, KL in the reward, standardised", {"grpo.kl_in": "reward"}),
     Case("raft, ranked by shaped reward", {"raft.rank_by": "shaped"}),
     Case("raft", at_optimum=False, note="the best completion"),
-    Case("grpo", ONE_UPDATE, False, 0.03, "the paper's: standardised, k3 in the loss"),
-    Case("grpo, centred", {**ONE_UPDATE, "grpo.standardise": False}, False, 0.03, "k3 in the loss"),
+    Case("grpo", ONE_UPDATE, False, 0.04, "the paper's: standardised, k3 in the loss"),
+    Case("grpo, centred", {**ONE_UPDATE, "grpo.standardise": False}, False, 0.04, "k3 in the loss"),
     Case("online_ipo", at_optimum=False, note="the chance to win against itself"),
     Case("dpo", OFFLINE, at_optimum=False, note="the minimiser for its 900 pairs"),
     Case("ipo", OFFLINE, at_optimum=False, note="the minimiser for its 900 pairs"),
@@ -386,6 +386,7 @@ def measure(cases: Sequence[Case], seeds: Sequence[int]) -> dict[str, Any]:
 def as_markdown(record: dict[str, Any]) -> str:
     """The record to read."""
     by_name = {case.name: case for case in CASES}
+    ref = sequence_logprobs(tabular_model(TASK, seed=0), TASK)
     lines = [
         "# Where training comes to rest, recorded",
         "",
@@ -401,7 +402,8 @@ def as_markdown(record: dict[str, Any]) -> str:
         "",
         "## The optimum of E[r] - beta KL(policy || reference)",
         "",
-        f"Regret must be below {MAX_REGRET:g}.",
+        f"Regret must be below {MAX_REGRET:g}. Of the reference, where a run starts, it is "
+        f"{exact_values(TASK, ref, ref, BETA).regret:.3f}.",
         "",
         "| case | settings | regret | largest total variation to the limit | |",
         "|---|---|---:|---:|---|",
@@ -435,7 +437,20 @@ def as_markdown(record: dict[str, Any]) -> str:
 
 
 NOTES = """\
-- Notes."""
+- At the optimum all r - beta log(policy / reference) of a prompt are equal, so that no group has a gradient with P3O,
+  RLOO, CoPG, REBEL, online DPO with expected labels, GRPO with the KL in the reward: their scatter ends there, and what
+  regret is left is distance not yet gone. REINFORCE, sampled labels, IPO and GRPO with k3 scatter at their limit too,
+  and what is left there falls with the learning rate and with larger batches.
+- What decides where GRPO rests is the place of the KL, not the standardisation: with the KL in the reward it is the
+  optimum either way, with k3 in the loss another point either way (the two differ). It also depends on K.
+- RAFT ranked by the shaped reward rests at the optimum too, the only law at which no completion is better than another;
+  on the way there its steps do not get smaller, so the learning rate has to.
+- Whitening of PPO's advantages leaves its limit where it is.
+- Offline DPO rests at the optimum for the reward that is most likely given its pairs; the regret is what 900 labels
+  leave open. Offline IPO comes near neither that nor the optimum, however many its pairs.
+- A shorter schedule of the same methods missed the tolerance: RLOO, REINFORCE and VPG after 130 updates at learning
+  rate 0.2 had regrets of 0.0011 to 0.0015, sampled labels with four updates a batch of 64 prompts 0.0042, with one
+  update 0.0017. Neither the method nor the point is at fault there, as the rows above show."""
 
 
 def spread(values: Sequence[float], form: str) -> str:
@@ -504,7 +519,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     cases = [case for case in CASES if args.only is None or any(word in case.name for word in args.only)]
     if not cases:
-        raise SystemExit(f"no case is named so; there are: {', '.join(case.name for case in CASES)}")
+        raise SystemExit(
+            f"no case has {' or '.join(args.only)} in its name; there are: {', '.join(case.name for case in CASES)}"
+        )
     source = provenance("limits", argv, args.output)
     record = {**source, **measure(cases, args.seeds)}
     for found in record["cases"]:
@@ -520,12 +537,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def completed(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
     """A record of some cases, with the others as they were; each case says what command it is of."""
-    cases = {found["name"]: found for found in [*earlier["cases"], *record["cases"]]}
-    order = [case.name for case in CASES]
-    return {
-        **record,
-        "cases": sorted((c for c in cases.values() if c["name"] in order), key=lambda c: order.index(c["name"])),
-    }
+    found = {case["name"]: case for case in [*earlier["cases"], *record["cases"]]}
+    return {**record, "cases": [found[case.name] for case in CASES if case.name in found]}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,16 @@ def test_the_record_is_what_the_json_says(bench, record, tmp_path):
             for values in zip(pair["noise_scale"], four, mean, best, strict=True):
                 assert list(values) == sorted(values, reverse=True)
             assert min(pair["cosine"] + four + mean) > 0.999
+    # What the record says in words of a pair and a common baseline.
+    over = {
+        (name, at): statistics.median(bench.over_pair(record, f"REINFORCE, moving average{name}", at))
+        for name in ("", ", uneven prompts")
+        for at in bench.REMAINING_REGRET
+    }
+    assert all(0.4 < over["", at] < 0.6 for at in ("reference", "half way"))
+    assert all(0.8 < over[", uneven prompts", at] < 1.25 for at in ("reference", "half way"))
+    assert over["", "near the optimum"] > 1.5
+    assert max(bench.over_pair(record, "REINFORCE, moving average, uneven prompts", "near the optimum")) > 20
     assert RECORD.with_suffix(".md").read_text() == bench.as_markdown(record)
     matplotlib = pytest.importorskip("matplotlib")
     for name in ("first.svg", "second.svg"):

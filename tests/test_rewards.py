@@ -545,6 +545,16 @@ def test_another_template_is_not_read_from_the_ids_of_the_policy() -> None:
     assert got == pytest.approx([score_alone(model, [BOS, USER, A, ASSISTANT, B, EOS])], abs=1e-4)
 
 
+def test_a_system_prompt_of_the_policy_goes_where_it_can() -> None:
+    """Not into a conversation, which has its own turns, nor into plain text."""
+    model = make_classifier()
+    plain = RewardModel(model, make_tokenizer(), chat="never", system_prompt="d")
+    assert model_scores(plain, ["a"], [["b </s>"]]) == pytest.approx([score_alone(model, [A, B, EOS])], abs=1e-4)
+    judge = RewardModel(model, make_tokenizer(chat=True), system_prompt="d")
+    (score_of_turns,) = model_scores(judge, [[{"role": "user", "content": "a"}]], [["b </s>"]])
+    assert score_of_turns == pytest.approx(score_alone(model, [BOS, USER, A, ASSISTANT, B, EOS]), abs=1e-4)
+
+
 def test_a_vocabulary_with_a_token_more_is_shared() -> None:
     tokenizer = make_tokenizer(words=[*WORDS, "<more>"])
     assert RewardModel(make_classifier(), tokenizer, policy_tokenizer=POLICY_TOKENIZER).same_vocabulary

@@ -410,10 +410,10 @@ def load_with(value_model: Any, tokenizer: Any) -> LoadedPolicy:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_another_vocabulary(tmp_path: Path, tiny_tokenizer: Any, in_memory: bool) -> None:
-    model = tiny_reward_model(vocab_size=VOCAB_SIZE + 1)
+    model = tiny_reward_model(vocab_size=VOCAB_SIZE - 1)
     name = model if in_memory else save_reward_model(tmp_path, model, tiny_tokenizer)
     sentence = (
-        f"value_model: .* has a vocabulary of {VOCAB_SIZE + 1} tokens and the policy of {VOCAB_SIZE}; give a reward "
+        f"value_model: .* has a vocabulary of {VOCAB_SIZE - 1} tokens and the policy of {VOCAB_SIZE}; give a reward "
         "model with the policy's tokenizer, or leave value_model empty for a head on the policy"
     )
     with pytest.raises(PairtuneError, match=sentence):

@@ -40,6 +40,7 @@ from pairtune.data import PromptDataset, first_line, listed, shortened
 from pairtune.errors import PairtuneError
 from pairtune.feedback.reward_model import RewardModel
 from pairtune.maths.masking import masked_mean, masked_sum
+from pairtune.models.weights import resolve_model
 from pairtune.runs import distributed
 from pairtune.types import Completions, Prompts, real_ids
 
@@ -457,16 +458,18 @@ def load_rewards(
 def load_reward_function(name: str) -> RewardFunction | str:
     """The function that `name` stands for, or `name` itself if it is a reward model's.
 
-    A folder with a config.json is a reward model; `path/to/file.py:function` and `package.module.function` are
-    functions (the working directory counts as a place for modules); another name with one "/" is a hub id.
+    A folder with a config.json, or a run folder (its newest checkpoint), is a reward model; `path/to/file.py:function`
+    and `package.module.function` are functions (the working directory counts as a place for modules); another name with
+    one "/" is a hub id.
 
     Raises PairtuneError, telling what was tried, if it is none of these.
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        folder = Path(resolve_model(str(path)))
+        if not (folder / "config.json").is_file():
             raise PairtuneError(f"the folder {name!r} holds no reward model: it has no config.json.")
-        return str(path)
+        return str(folder)
     if ".py:" in name:
         file, function = name.rsplit(":", 1)
         return _function_of(_import_file(Path(file).expanduser()), function, name)

@@ -428,7 +428,7 @@ def load_value_network(
             f"value_model: {shown!r} has no weights for {', '.join(missing)}, so it is no trained reward model; {mend}"
         )
     num_ids, num_policy_ids = (m.get_input_embeddings().weight.shape[0] for m in (model, policy))
-    if num_ids != num_policy_ids:
+    if num_ids < num_policy_ids:
         raise PairtuneError(
             f"value_model: {shown!r} has a vocabulary of {num_ids} tokens and the policy of {num_policy_ids}; {mend}"
         )
