@@ -40,7 +40,7 @@ test: lint  ## lint, then the fast tests
 	$(BIN)/python -m pytest $(ARGS)
 
 test-slow: $(VENV)/.dev $(VENV)/.demo  ## the slow tests: mutations, kill -9, the real model
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check

@@ -129,7 +129,7 @@ CASES = (
     Case("grpo, KL in the reward, standardised", {"grpo.kl_in": "reward"}),
     Case("raft, ranked by shaped reward", {"raft.rank_by": "shaped"}),
     Case("raft", at_optimum=False, note="the best completion"),
-    Case("grpo", ONE_UPDATE, False, 0.04, "the paper's: standardised, k3 in the loss"),
+    Case("grpo", ONE_UPDATE, at_optimum=False, note="the paper's: standardised, k3 in the loss"),
     Case("grpo, centred", {**ONE_UPDATE, "grpo.standardise": False}, False, 0.04, "k3 in the loss"),
     Case("online_ipo", at_optimum=False, note="the chance to win against itself"),
     Case("dpo", OFFLINE, at_optimum=False, note="the minimiser for its 900 pairs"),

@@ -641,7 +641,7 @@ MUTATIONS = [
     Mutation(
         "a resumed run with a fresh running scale",
         RL,
-        '    rewards.load_state_dict(state["rewards"])\n',
+        '    feedback.load_state_dict(state["rewards"])\n',
         "",
         TEST_TRAIN + "a_resumed_run_equals_the_uninterrupted_one[minibatches, running scale]",
     ),
