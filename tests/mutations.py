@@ -641,8 +641,8 @@ MUTATIONS = [
     Mutation(
         "a resumed run with a fresh running scale",
         RL,
-        '    feedback.load_state_dict(state["rewards"])\n',
-        "",
+        '        feedback.load_state_dict(state["rewards"])\n',
+        "        pass\n",
         TEST_TRAIN + "a_resumed_run_equals_the_uninterrupted_one[minibatches, running scale]",
     ),
     Mutation(
