@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pairtune.stages.rl import train as train
     from pairtune.stages.sft import sft as sft
 
-# torch's CPU allocator reads this once, at its first allocation: then it asks for huge pages, and a forward pass that keeps
-# its activations spends less time in page faults (benchmarks/cpu_passes.py). A user's own setting wins.
+# torch's CPU allocator reads this once, at its first allocation: then it asks for huge pages, and a forward pass that
+# keeps its activations spends less time in page faults (benchmarks/cpu_passes.py). A user's own setting wins.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 __version__ = "0.1.0"
