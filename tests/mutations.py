@@ -661,9 +661,9 @@ MUTATIONS = [
     ),
     Mutation(
         "a signal that only one process heeds",
-        RL,
-        "stop.agreed = num_requested > 0\n        return stop.agreed or num_late > 0",
-        "stop.agreed = stop.requested\n        return num_requested > 0 or num_late > 0",
+        "runs/signals.py",
+        "self.agreed = num_requested > 0\n        return self.agreed or num_late > 0",
+        "self.agreed = self.requested\n        return num_requested > 0 or num_late > 0",
         TEST_DISTRIBUTED + "a_signal_to_one_process_stops_all_and_the_run_goes_on",
     ),
     # ------------------------------------------------------------------------------------------------------ evaluation

@@ -6,17 +6,17 @@ online_ipo) take these as they are; for the others a named rule turns them into 
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
 
 from pairtune.data import PromptDataset, first_line, shortened
 from pairtune.errors import PairtuneError
-from pairtune.feedback.rewards import Scores, load_reward_function
+from pairtune.feedback.rewards import Scores, call_function, load_reward_function
 from pairtune.maths.masking import pair_indices
 from pairtune.maths.preference import preference_rewards
 from pairtune.types import Completions, Prompts
@@ -89,12 +89,9 @@ class PreferenceSet:
         )
 
     def _call(self, arguments: dict[str, Any]) -> Any:
-        parameters = inspect.signature(self.function).parameters.values()
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            arguments = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
         try:
-            answer = self.function(**arguments)
-            return asyncio.run(answer) if inspect.iscoroutine(answer) else answer
+            answer = call_function(self.function, arguments)
+            return answer.result() if isinstance(answer, Future) else answer
         except PairtuneError:
             raise
         except Exception as error:

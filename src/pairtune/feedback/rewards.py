@@ -145,7 +145,7 @@ class RewardSet:
                     continue
                 arguments = _arguments(prompts, completions, texts) | log.callbacks(name)
                 with _blamed(name, flat_texts):
-                    pending[name] = _call(function, arguments | {"trainer_state": trainer_state})
+                    pending[name] = call_function(function, arguments | {"trainer_state": trainer_state})
             answers = {}
             for name, answer in pending.items():
                 with _blamed(name, flat_texts):
@@ -307,7 +307,7 @@ def _check_signature(name: str, function: RewardFunction, columns: Collection[st
             )
 
 
-def _call(function: RewardFunction, arguments: dict[str, Any]) -> Any:
+def call_function(function: RewardFunction, arguments: dict[str, Any]) -> Any:
     """The function's answer; of an asynchronous function, the future of its answer, at work from now on."""
     parameters = _parameters(function)
     if parameters is not None and not any(p.kind is p.VAR_KEYWORD for p in parameters):

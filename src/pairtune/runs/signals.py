@@ -9,6 +9,10 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
+from pairtune.runs import distributed
+
 
 class StopRequest:
     """Set by SIGTERM or Ctrl-C; honoured between two steps."""
@@ -17,6 +21,16 @@ class StopRequest:
         self.requested = False
         self.agreed = False
         """True once all processes know that one of them was asked."""
+
+    def now(self, *, late: bool, device: torch.device) -> bool:
+        """Whether a run ends before its next step: one of its processes was asked to, or is `late`.
+
+        Every process must come to the same answer: one that leaves would leave the others waiting.
+        """
+        answers = torch.tensor([int(late), int(self.requested)], device=device)
+        num_late, num_requested = distributed.sum_across(answers).tolist()
+        self.agreed = num_requested > 0
+        return self.agreed or num_late > 0
 
 
 @contextlib.contextmanager

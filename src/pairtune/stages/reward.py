@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pairtune.config import RewardConfig, RewardLearningConfig, supervised_warnings
+from pairtune.config import RewardConfig, RewardLearningConfig
 from pairtune.errors import PairtuneError
 from pairtune.feedback.comparisons import (
     Comparisons,
@@ -82,8 +82,6 @@ def reward(
                 rewards=[line.get("loss") for line in done],
             )
         )
-        for sentence in supervised_warnings(config, num_steps):
-            display.message(f"note: {sentence}")
         for note in train_data.data.notes:
             display.message(note)
         for note in held_out.data.notes if held_out is not None else []:

@@ -247,11 +247,7 @@ def _loop(
     def should_stop() -> bool:
         elapsed = time.perf_counter() - started
         late = config.max_minutes is not None and elapsed + last_step_time > 60 * config.max_minutes
-        # Every process must come to the same answers: one that leaves would leave the others waiting.
-        answers = torch.tensor([int(late), int(stop.requested)], device=policy.device)
-        num_late, num_requested = distributed.sum_across(answers).tolist()
-        stop.agreed = num_requested > 0
-        return stop.agreed or num_late > 0
+        return stop.now(late=late, device=policy.device)
 
     if progress.step == 0:
         evaluate()
