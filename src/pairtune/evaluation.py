@@ -121,7 +121,8 @@ def evaluate_policy(
         ids = torch.full((*mask.shape[:2], width), -1)
         ids[..., : mask.shape[-1]] = completions.completion_ids.masked_fill(~mask, -1).cpu()
         all_ids.append(ids)
-        samples += _samples(dataset, rows, texts, scores, completions.truncated, step)
+        measured = {name: batch[name] for name in ("kl", "kl_k1")}
+        samples += _samples(dataset, rows, texts, scores, completions, measured, step)
         advance(len(rows))
     table = {name: torch.cat(parts) for name, parts in columns.items()}
     intervals = _intervals(table, torch.cat(all_ids))
@@ -172,7 +173,10 @@ def evaluate(
         )
     del line["step"]
     if config.ref_model is None and config.best_of_n == 1:
-        line = {name: value for name, value in line.items() if not name.startswith(("kl", "ref_"))}
+        line, *samples = (
+            {name: value for name, value in one.items() if not name.startswith(("kl", "ref_"))}
+            for one in (line, *samples)
+        )
     make_console().print(evaluation_summary(line))
     if config.output is not None:
         content = {"config": config.model_dump(), "evaluation": line, "samples": samples}
@@ -283,8 +287,18 @@ def _intervals(table: dict[str, Tensor], ids: Tensor) -> dict[str, Interval]:
 
 
 def _samples(
-    dataset: PromptDataset, rows: list[int], texts: list[list[str]], scores: Scores, truncated: Tensor, step: int
+    dataset: PromptDataset,
+    rows: list[int],
+    texts: list[list[str]],
+    scores: Scores,
+    completions: Completions,
+    measured: dict[str, Tensor],
+    step: int,
 ) -> list[dict[str, Any]]:
+    """One line a completion. With its tokens it can be scored again as it was sampled, with its measures whatever an
+    evaluation says can be worked out again, over other prompts and seeds together say."""
+    measured = {name: values.cpu() for name, values in measured.items()}
+    lengths, ids = completions.num_tokens.tolist(), completions.completion_ids.cpu()
     return [
         {
             "step": step,
@@ -294,7 +308,9 @@ def _samples(
             "completion_index": k,
             "completion": text,
             "reward": float(scores.raw_rewards[i, k]) if scores.reward_mask[i, k] else None,
-            "truncated": bool(truncated[i, k]),
+            "completion_ids": ids[i, k, : lengths[i][k]].tolist(),
+            "truncated": bool(completions.truncated[i, k]),
+            **{name: values[i, k].item() for name, values in measured.items()},
         }
         for i, row in enumerate(rows)
         for k, text in enumerate(texts[i])
