@@ -27,7 +27,7 @@ SHOW_PROGRESS = sed -u -n -e 's/^ *\(Downloading\|Using cached\) \([^ /]*\) (\(.
 	-e 's/^Installing collected packages.*/    unpacking/p'
 HIDE_GAPS = sed -u -e '/^WARNING: Location .* is ignored/d' >&2
 
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo hh test test-slow lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*  ## /\1\t/p' $(MAKEFILE_LIST) | while IFS=$$'\t' read -r name text; do \
@@ -35,6 +35,9 @@ help:  ## list the targets
 
 demo: $(VENV)/.demo  ## align SmolLM2-135M-Instruct with P3O on this machine, before and after side by side
 	$(BIN)/pairtune demo $(ARGS)
+
+hh: $(VENV)/.demo  ## the three stages on human preferences, judged by a second reward model (about an hour)
+	$(BIN)/python recipes/hh/hh.py $(ARGS)
 
 test: lint  ## lint, then the fast tests
 	$(BIN)/python -m pytest $(ARGS)

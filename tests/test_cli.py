@@ -16,6 +16,7 @@ import pairtune
 from pairtune.cli import DEMO_CONFIG, VERBS, main
 from pairtune.config import (
     EvaluateConfig,
+    JudgeConfig,
     RewardConfig,
     SampleConfig,
     SFTConfig,
@@ -134,13 +135,13 @@ def test_evaluate_sample_and_report(calls: Any, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == ""
     assert main(["report", "runs/demo"]) == 0
     assert capsys.readouterr().out == "result of report\n"
-    assert main(["report", "runs/demo", "-o", "r.html"]) == 0
+    assert main(["report", "runs/demo", "runs/b", "-o", "r.html", "--figures", "out"]) == 0
     assert calls == [
         ("evaluate", (EvaluateConfig(model="m", dataset="d", reward_funcs=["a.b"], top_p=0.9, ref_model="r"),), {}),
         ("sample", (SampleConfig(model="runs/demo", prompt="Hi - you"),), {}),
         ("sample", (SampleConfig(model="runs/demo"),), {}),
-        ("report", (Path("runs/demo"),), {"output": None}),
-        ("report", (Path("runs/demo"),), {"output": "r.html"}),
+        ("report", ([Path("runs/demo")],), {"output": None, "figures": None}),
+        ("report", ([Path("runs/demo"), Path("runs/b")],), {"output": "r.html", "figures": "out"}),
     ]
 
 
@@ -212,10 +213,13 @@ def test_nothing_to_resume(calls: Any, capsys: pytest.CaptureFixture[str], tmp_p
     "argv, sentence",
     [
         (["trian"], '"trian" is not a verb of pairtune; the nearest is train.'),
-        (["xyz"], '"xyz" is not a verb of pairtune; there are sft, reward, train, evaluate, sample, demo, report.'),
+        (
+            ["xyz"],
+            f'"xyz" is not a verb of pairtune; there are {", ".join(VERBS)}.',
+        ),
         (
             ["--verbose"],
-            "--verbose stands where a verb should; there are sft, reward, train, evaluate, sample, demo, report.",
+            f"--verbose stands where a verb should; there are {', '.join(VERBS)}.",
         ),
         (["-x", "train"], "-x is not a flag of `pairtune`; `pairtune --help` shows what is expected."),
         (["train", *NEEDED, "--epsilonn", "3"], "--epsilonn is not a known setting; the nearest is --epsilon."),
@@ -317,6 +321,7 @@ CLASSES = {
     "demo": TrainConfig,
     "evaluate": EvaluateConfig,
     "sample": SampleConfig,
+    "judge": JudgeConfig,
 }
 
 
@@ -350,7 +355,7 @@ def test_help_shows_defaults_and_those_of_the_demo(capsys: pytest.CaptureFixture
     assert "[default: p3o] One of: p3o, ppo, vpg," in shown["train"]  # too many to stand beside the flag
     assert "[default: runs/train]" in shown["train"]
     assert "[default: runs/demo]" in shown["demo"]
-    assert "[default: 256]" not in shown["demo"]
+    assert "end-of-sequence token included. [default: 256]" not in shown["demo"]
 
 
 def test_help_of_the_program_and_of_report(capsys: pytest.CaptureFixture[str]) -> None:
@@ -363,7 +368,7 @@ def test_help_of_the_program_and_of_report(capsys: pytest.CaptureFixture[str]) -
             assert f"{name} {verb.summary}" in printed
     with pytest.raises(SystemExit):
         main(["report", "--help"])
-    assert "pairtune report RUN [-o FILE]" in capsys.readouterr().out
+    assert "pairtune report RUN... [-o FILE] [--figures FOLDER]" in capsys.readouterr().out
 
 
 # -- What it costs -----------------------------------------------------------------------------------------------------

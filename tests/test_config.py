@@ -15,6 +15,7 @@ from pairtune.config import (
     FOREIGN_WORDS,
     METHODS,
     EvaluateConfig,
+    JudgeConfig,
     P3OConfig,
     RewardConfig,
     SampleConfig,
@@ -41,6 +42,7 @@ REQUIRED: dict[type[Words], dict[str, Any]] = {
     RewardConfig: {"model": "m", "dataset": "d"},
     EvaluateConfig: {"model": "m", "dataset": "d", "reward_funcs": ["a.b"]},
     SampleConfig: {"model": "m"},
+    JudgeConfig: {"sides": ["a", "b"], "judge.model": "m"},
 }
 CONFIGS = list(REQUIRED)
 
@@ -104,6 +106,17 @@ OUT_OF_RANGE = [
     ("replay", -1, "a whole number >= 0"),
     ("preference_func", "", "a text (not empty) or null"),
     ("preference_rewards", "wins", "logits or margins"),
+    ("judge.model", "", "a text (not empty) or null"),
+    ("judge.base_url", "host/v1", "a URL like https://host/v1 or null"),
+    ("judge.base_url", "https://me:secret@host/v1", "a URL like https://host/v1 or null"),
+    ("judge.api_key_env", "sk-secret", "the name of an environment variable or null"),
+    ("judge.answer", "score", "probabilities or text"),
+    ("judge.temperature", -1, "a number >= 0 or null"),
+    *[(f"judge.{key}", 0, "a whole number > 0") for key in ("max_tokens", "batch_size", "concurrency")],
+    *[(f"judge.{key}", 0, "a number > 0 or null") for key in ("requests_per_minute", "tokens_per_minute")],
+    ("judge.timeout", 0, "a number > 0"),
+    ("judge.max_retries", -1, "a whole number >= 0"),
+    *[(f"judge.{key}", -1, "a number >= 0 or null") for key in ("input_price", "output_price")],
     ("p3o.clip", "both", "joint, separate or none"),
     ("p3o.kl_at", "old", "current or sampling"),
     ("p3o.max_ratio", 0.5, "a number >= 1 or null"),
@@ -230,17 +243,21 @@ def test_a_long_value_is_shown_short() -> None:
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_missing_fields_are_named(cls: type[Words], tmp_path: Path) -> None:
     required = [key for key, field in keys_of(cls).items() if field.is_required()]
-    assert required == (["model"] if cls is SampleConfig else ["model", "dataset"])
+    known = {SampleConfig: ["model"], JudgeConfig: ["sides"]}
+    assert required == known.get(cls, ["model", "dataset"])
+    first = required[0]
     with pytest.raises(PairtuneError) as caught:
         cls()
     assert str(caught.value).splitlines() == [f"{key} is missing; give it as {key}=...." for key in required]
     with pytest.raises(PairtuneError) as caught:
         load_config(cls)
-    assert str(caught.value).splitlines()[0] == "model is missing; give --model, or --config with a file that has it."
+    sentence = f"{first} is missing; give --{first}, or --config with a file that has it."
+    assert str(caught.value).splitlines()[0] == sentence
     path = write(tmp_path, "seed: 1\n")
     with pytest.raises(PairtuneError) as caught:
         load_config(cls, path)
-    assert str(caught.value).splitlines()[0] == f"model is missing; add a line `model: ...` to {path}, or give --model."
+    sentence = f"{first} is missing; add a line `{first}: ...` to {path}, or give --{first}."
+    assert str(caught.value).splitlines()[0] == sentence
 
 
 CONTRADICTIONS = [
@@ -253,6 +270,7 @@ CONTRADICTIONS = [
     ({"preference_func": "a.b", "algorithm": "dpo"}, ['preference_func is "a.b"', "dpo", "set it to null"]),
     ({"preference_func": "a.b", "missing_eos_penalty": 1.0}, ["missing_eos_penalty is 1.0", "preference_func"]),
     ({"preference_func": "a.b", "scale_rewards": "running"}, ["scale_rewards is running", "preference_func"]),
+    ({"preference_func": "judge"}, ["judge.model is missing", "--judge.model"]),
     *[
         ({"algorithm": name, "beta": 0}, ["beta is 0", name, "give a beta above 0"])
         for name in ("copg", "online_dpo", "online_ipo", "dpo", "ipo")
@@ -635,6 +653,23 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "replay": 3,
     "preference_func": "a.b",
     "preference_rewards": "margins",
+    "judge.model": "some-judge",
+    "judge.base_url": "https://host/v1",
+    "judge.api_key_env": "JUDGE_KEY",
+    "judge.template": "question.txt",
+    "judge.answer": "text",
+    "judge.temperature": None,
+    "judge.max_tokens": 64,
+    "judge.batch_size": 4,
+    "judge.concurrency": 2,
+    "judge.requests_per_minute": 60.0,
+    "judge.tokens_per_minute": 1e5,
+    "judge.timeout": 5.0,
+    "judge.max_retries": 2,
+    "judge.cache": "answers",
+    "judge.input_price": 0.15,
+    "judge.output_price": 0.6,
+    "sides": ["ours=a.jsonl", "b.jsonl"],
     "ppo.gamma": 0.99,
     "ppo.lam": 1.0,
     "ppo.vf_coef": 0.5,
@@ -728,6 +763,7 @@ WARNINGS = [
     ({"num_iterations": 1}, ["num_iterations is 1", "epsilon, p3o.clip, p3o.max_ratio and p3o.kl_at do nothing"]),
     ({"num_iterations": 1, "batch_size": 8, "minibatch_size": 8}, ["num_iterations is 1"]),
     ({"p3o.clip": "none", "epsilon": 0.3}, ["epsilon is 0.3", "p3o.clip none"]),
+    ({"judge.model": "m"}, ['judge.model is "m"', "not asked while preference_func is null"]),
     ({"scale_rewards": "running"}, ["scale_rewards is running", "invariance"]),
     ({"lr_scheduler_type": "constant", "warmup_steps": 3}, ["warmup_steps is 3", "constant_with_warmup"]),
     ({"max_steps": 5, "warmup_steps": 20}, ["warmup_steps is 20", "20 updates"]),

@@ -10,6 +10,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import pytest
 import torch
 import yaml
 from conftest import EOS_ID, build_tiny_model
+from hypothesis import given
+from hypothesis.strategies import integers, lists
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
@@ -32,7 +35,7 @@ from pairtune.runs import checkpoint
 from pairtune.runs.metrics import read_jsonl, without_times
 from pairtune.stages import supervised
 from pairtune.stages.rl import TrainResult
-from pairtune.stages.sft import SFTTask, example_layout, sft
+from pairtune.stages.sft import SFTTask, best_fit, example_layout, sft
 
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 WORDS = ("ab", "c", "dd")
@@ -135,7 +138,7 @@ def test_a_run_learns_and_leaves_what_it_should(run: Run, way: str, capsys: pyte
     seen = sum(len(row["prompt"] + row["completion"]) for row in ROWS)  # all but EOS, which is only predicted
     for line in read_jsonl(folder / "metrics.jsonl"):
         assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
-        assert {"grad_norm", "learning_rate", "step_time", "tokens_per_second", "time/update"} <= set(line)
+        assert {"grad_norm", "learning_rate", "padding", "step_time", "tokens_per_second", "time/update"} <= set(line)
         assert line["epoch"] == line["step"] / 3
     assert [line["num_tokens"] for line in metrics[2::3]] == [seen * (epoch + 1) for epoch in range(8)]
 
@@ -179,7 +182,7 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(tiny_tokenizer: Any, kind: 
         expected = expected + plain_nats(plain, tiny_tokenizer(prompt)["input_ids"], completion_ids)
     expected.backward()
 
-    output = task.loss(rows)
+    output = task.loss([[row] for row in rows])
     output.total.backward()
     assert output.total.item() == pytest.approx(expected.item(), rel=1e-10 if kind == "gpt2" else 1e-6)
     assert task.counted(rows) == sum(len(ROWS[row]["completion"]) + 1 for row in rows)
@@ -196,7 +199,7 @@ def test_only_what_is_learned_is_pulled_at(tiny_tokenizer: Any) -> None:
     task = task_of(model, tiny_tokenizer, rows)
     states: list[Tensor] = []
     model.model.norm.register_forward_hook(lambda _, __, output: (output.retain_grad(), states.append(output))[1])
-    task.loss([0, 1]).total.backward()
+    task.loss([[0], [1]]).total.backward()
     pulled = (states[0].grad != 0).any(-1)
     text = [USER, *"hi", END, ASSISTANT, *"yes", END, USER, *"add?", END, ASSISTANT, *"no"]
     learned = [token in (ASSISTANT, *"yesno") for token in text]
@@ -212,17 +215,17 @@ def test_eos_is_learned_also_where_it_is_the_pad_token(tiny_tokenizer: Any, chat
     for pad in ("<|pad|>", "<|end|>"):
         tiny_tokenizer.pad_token = pad
         task = task_of(build_tiny_model("gpt2").double(), tiny_tokenizer, chat=chat)
-        layout = example_layout(task._examples[:4])
+        layout = example_layout([[example] for example in task._examples[:4]])
         for row in range(4):
             targets = layout.targets[row][layout.mask[row]].tolist()
             assert tiny_tokenizer.decode(targets) == ROWS[row]["completion"] + "<|end|>"
-        totals.append(task.loss([0, 1, 2, 3]).total.item())
+        totals.append(task.loss([[0], [1], [2], [3]]).total.item())
     assert totals[0] == totals[1]
 
 
 def test_an_example_takes_no_room_that_it_does_not_need(tiny_tokenizer: Any) -> None:
     examples = [Example([5, 6, 7, 8], [2, 3]), Example([9, 8], [1])]
-    layout = example_layout(examples)
+    layout = example_layout([[example] for example in examples])
     assert layout.input_ids.tolist() == [[5, 6, 7], [9, 0, 0]]  # the last token is only predicted
     assert layout.attention_mask().tolist() == [[True] * 3, [True, False, False]]
     assert layout.mask.sum() == 3  # and the head meets three states, not six
@@ -235,7 +238,7 @@ def test_the_frozen_trunk_leaves_no_graph(tiny_tokenizer: Any) -> None:
     graphs: list[bool] = []
     for layer in body(model).layers:
         layer.register_forward_hook(lambda _, __, output: graphs.append(output.requires_grad))
-    task.loss([0, 1]).total.backward()
+    task.loss([[0], [1]]).total.backward()
     assert graphs == [False, False, True]
     trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == {
@@ -258,6 +261,157 @@ def test_rows_of_a_micro_batch_are_of_like_length(tiny_tokenizer: Any) -> None:
 
     unordered = [[task.length(row) for row in range(start, 12, 3)] for start in range(3)]
     assert padding(lengths) < 0.5 * padding(unordered)
+
+
+# -------------------------------------------------------------------------------------------------------------- packing
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64 throughout: the norms of a Llama or Qwen go through float32 whatever they are given."""
+    model = model.double()
+    for parent in list(model.modules()):
+        for name, part in list(parent.named_children()):
+            if type(part).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(part.weight.shape, eps=part.variance_epsilon)
+                norm.weight = part.weight
+                setattr(parent, name, norm)
+    return model
+
+
+def packed_task(model: Any, tokenizer: Any, rows: list[dict[str, Any]] = ROWS, **words: Any) -> SFTTask:
+    task = task_of(model, tokenizer, rows, **words)
+    task.packing = task._scorer.shared
+    return task
+
+
+def alone(rows: Any) -> list[list[int]]:
+    return [[row] for row in rows]
+
+
+VARIED = [{"prompt": f"{n}" * (1 + n * n % 17), "completion": "abcd"[n % 4] * (1 + n * n % 23)} for n in range(32)]
+"""Of very different lengths."""
+ARCHITECTURES = ["llama", "llama-untied", "qwen2", "qwen3", "gpt2", "mistral"]
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_packed_rows_have_the_loss_and_gradient_of_rows_of_their_own(
+    tiny_tokenizer: Any, kind: str, double: bool
+) -> None:
+    model = build_tiny_model(kind)
+    task = packed_task(in_float64(model) if double else model, tiny_tokenizer, VARIED[:12])
+    assert task.packing == (kind != "mistral")  # whose window counts columns, not positions
+    packs = task.pack(range(12))
+    assert sorted(row for together in packs for row in together) == list(range(12))
+    if kind == "mistral":
+        assert packs == alone(range(12))
+        return
+    assert len(packs) <= 8
+    assert max(map(len, packs)) >= 3
+    found = []
+    for rows in (alone(range(12)), packs):
+        model.zero_grad()
+        output = task.loss(rows)
+        output.total.backward()
+        found.append((output.total.item(), [parameter.grad.clone() for parameter in model.parameters()]))
+    tolerance = 1e-10 if double else 1e-5
+    assert found[1][0] == pytest.approx(found[0][0], rel=tolerance)
+    for gradient, expected in zip(found[1][1], found[0][1], strict=True):
+        assert (gradient - expected).norm() <= tolerance * expected.norm()
+        assert expected.norm() > 1e-3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_examples_of_a_row_do_not_see_each_other(tiny_tokenizer: Any, attention: str) -> None:
+    """Whatever stands before or behind an example, and however long that is, what it makes of itself stays."""
+    model = build_tiny_model("llama", attn_implementation=attention)
+    one, short, long = Example([30, 31, 32, 33, 34], [2, 3, 4]), Example([40, 41], [1]), Example([*range(50, 60)], [9])
+    scorer = load_policy(model, tokenizer=tiny_tokenizer, device="cpu").scorer
+    with torch.no_grad():
+        expected = scorer.logprobs(example_layout([[one]]))[0][0, 0]
+        for row in ([one, short], [short, one], [long, one], [long, one, short], [one, one]):
+            place = row.index(one)
+            found = scorer.logprobs(example_layout([row]))[0][0, place]
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        # To the last bit, where nothing but the words of the neighbours changes.
+        rows = [[Example([n, n + 1, n + 2], [1, 2]), one, Example([n, n], [1])] for n in (40, 60)]
+        first, second = (scorer.logprobs(example_layout([row]))[0][0] for row in rows)
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[0], second[0])
+
+
+def test_a_packed_row_holds_examples_one_behind_the_other() -> None:
+    layout = example_layout([[Example([5, 6, 7, 8], [2, 3]), Example([9, 8], [1])], [Example([4, 3, 2], [1, 2])]])
+    assert layout.input_ids.tolist() == [[5, 6, 7, 9], [4, 3, 0, 0]]
+    assert layout.position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 0, 0]]
+    assert layout.segments.tolist() == [[1, 1, 1, 2], [1, 1, -1, -1]]
+    assert layout.targets[layout.mask].tolist() == [7, 8, 8, 3, 2]
+    assert layout.hidden_rows().tolist() == [0, 0, 0, 1, 1]
+    assert layout.source[layout.mask].tolist() == [1, 2, 3, 0, 1]
+    seen = layout.attention_mask()[0, 0].int().tolist()
+    assert seen == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
+
+
+@given(lengths=lists(integers(1, 30), max_size=40), spare=integers(0, 9))
+def test_best_fit_wastes_less_than_half(lengths: list[int], spare: int) -> None:
+    capacity = max(lengths, default=0) + spare
+    bins = best_fit(lengths, capacity)
+    assert sorted(place for bin in bins for place in bin) == list(range(len(lengths)))
+    filled = [sum(lengths[place] for place in bin) for bin in bins]
+    assert filled == sorted(filled, reverse=True)
+    assert max(filled, default=0) <= capacity
+    # Whatever opened a bin had found no room in any other: no two bins would go into one.
+    assert all(one + other > capacity for one, other in combinations(filled, 2))
+
+
+def test_best_fit_takes_the_fullest_bin_with_room() -> None:
+    assert best_fit([5, 4, 3, 2, 1], 6) == [[0, 4], [1, 3], [2]]
+    assert best_fit([7, 5, 3, 3], 10) == [[0, 2], [1, 3]]  # the first 3 into the bin of 7, where 5 has more room
+    assert best_fit([], 0) == []
+
+
+def test_packing_leaves_less_padding_than_rows_of_like_length(tiny_tokenizer: Any) -> None:
+    task = packed_task(build_tiny_model("llama"), tiny_tokenizer, VARIED)
+    config = SFTConfig(model="m", dataset="d", micro_batch_size=4)
+
+    def padding(cut: list[list[Any]]) -> float:
+        parts = [task.loss(rows).metrics["padding"] for rows in cut]
+        return sum(part for part, _ in parts) / sum(room for _, room in parts)
+
+    packed = supervised.micro_batches(config, task, range(32), task.pack)
+    assert max(map(len, packed)) <= 4
+    assert sorted(row for rows in packed for together in rows for row in together) == list(range(32))
+    longest = max(map(task.length, range(32))) - 1
+    assert all(sum(task.length(row) - 1 for row in together) <= longest for rows in packed for together in rows)
+    by_length = [alone(rows) for rows in supervised.micro_batches(config, task, range(32))]
+    assert len(packed) < len(by_length)
+    assert padding(packed) < 0.5 * padding(by_length)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_packed_run_is_the_unpacked_one(run: Run, tmp_path: Path, way: str) -> None:
+    words = {"rows": VARIED, "batch_size": 8, "num_epochs": 2, "learning_rate": 1e-2, **WAYS[way]}
+    plain = run(output_dir=str(tmp_path / "plain"), micro_batch_size=2, **words)
+    packed = run(output_dir=str(tmp_path / "packed"), micro_batch_size=2, packing=True, **words)
+    assert packed.steps == 8
+    for line, other in zip(lines(packed), lines(plain), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert line["num_tokens"] == other["num_tokens"]
+    padding = [sum(line["padding"] for line in lines(result)) for result in (packed, plain)]
+    assert 0 < padding[0] < padding[1]
+    assert lines(packed)[-1]["loss"] < 0.9 * lines(packed)[0]["loss"]
+
+
+def test_where_rows_cannot_be_shared_packing_is_left_out_and_that_is_said(
+    run: Run, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = []
+    for packing in (False, True):
+        model = build_tiny_model("mistral")
+        words = {"model": model, "tokenizer": tiny_tokenizer, "output_dir": str(tmp_path / f"{packing}")}
+        results.append(run(packing=packing, **words))
+        assert ("no packing: this architecture" in capsys.readouterr().out) == packing
+    assert lines(results[0]) == lines(results[1])
 
 
 # ---------------------------------------------------------------------------------------------------- cuts of an update
@@ -285,8 +439,8 @@ def test_any_cut_into_micro_batches_gives_one_gradient(
 ) -> None:
     whole, loss = gradients(run, monkeypatch, tiny_tokenizer, micro_batch_size=None)
     assert max(gradient.abs().max().item() for gradient in whole) > 1e-3
-    for size in (1, 4, 5, 6):
-        cut, its_loss = gradients(run, monkeypatch, tiny_tokenizer, micro_batch_size=size)
+    for size, packing in ((1, False), (4, False), (5, False), (6, False), (None, True), (1, True), (2, True)):
+        cut, its_loss = gradients(run, monkeypatch, tiny_tokenizer, micro_batch_size=size, packing=packing)
         assert its_loss == pytest.approx(loss, rel=1e-12)
         for one, other in zip(cut, whole, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-13)

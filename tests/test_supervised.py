@@ -19,15 +19,26 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from pairtune.config import SFTConfig
+from pairtune.config import RewardConfig, SFTConfig
 from pairtune.runs import folder
 from pairtune.runs.display import Display
 from pairtune.runs.metrics import read_jsonl, without_times
+from pairtune.stages.reward import reward
 from pairtune.stages.sft import SFTTask, sft
 from pairtune.stages.supervised import num_updates, update_rows, updates_per_epoch, warmup_updates
 
 ROWS = [{"prompt": "q" * n, "completion": "a" * (13 - n)} for n in range(1, 12)]
 HELD_OUT = [{"prompt": "qq", "completion": "aaa"}, {"prompt": "q", "completion": "a"}]
+DATA: dict[str, list[dict[str, Any]]] = {
+    "sft": ROWS,
+    "sft, of all lengths": [{"prompt": "q", "completion": "a" * (1 + n * n % 13)} for n in range(12)],
+    "pairs": [
+        {"prompt": "q" * n, "chosen": "a" * (13 - n), "rejected": "b" * n, "margin": 0.1 * n} for n in range(1, 12)
+    ],
+    "rankings": [
+        {"prompt": "q" * (1 + n), "completions": [*"abcd"[: 2 + n % 3]], "ranks": [*range(2 + n % 3)]} for n in range(9)
+    ],
+}
 
 
 def config(**words: Any) -> SFTConfig:
@@ -91,7 +102,9 @@ def test_the_measured_precision_is_kept(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def work(rank: int, world_size: int, port: int, tokenizer: str, words: dict[str, Any], kill_at: int = -1) -> None:
+def work(
+    rank: int, world_size: int, port: int, tokenizer: str, words: dict[str, Any], kill_at: int = -1, stage: str = "sft"
+) -> None:
     """One process of a run; leaves its weights beside the run folder."""
     if world_size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -104,25 +117,28 @@ def work(rank: int, world_size: int, port: int, tokenizer: str, words: dict[str,
         return loss(task, rows)
 
     SFTTask.loss = counted  # type: ignore[method-assign]  # this process ends with the run
-    result = sft(
-        config(
-            **{
-                "chat": "never",
-                "device": "cpu",
-                "num_threads": 1,
-                "batch_size": 5,
-                "eval_steps": 0,
-                "save_steps": 0,
-                "learning_rate": 1e-3,
-                "max_grad_norm": 0.01,
-                **words,
-            }
-        ),
-        model=build_tiny_model("gpt2").double(),  # float64 throughout, which a Llama's norms are not
-        tokenizer=PreTrainedTokenizerFast.from_pretrained(tokenizer),
-        train_dataset=ROWS,
-        eval_dataset=HELD_OUT,
-    )
+    settings = {
+        "model": "m",
+        "dataset": "d",
+        "chat": "never",
+        "device": "cpu",
+        "num_threads": 1,
+        "batch_size": 5,
+        "eval_steps": 0,
+        "save_steps": 0,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0.01,
+        **words,
+    }
+    in_memory = {
+        "model": build_tiny_model("gpt2").double(),  # float64 throughout, which a Llama's norms are not
+        "tokenizer": PreTrainedTokenizerFast.from_pretrained(tokenizer),
+    }
+    rows = DATA[stage]
+    if stage.startswith("sft"):
+        result = sft(SFTConfig(**settings), train_dataset=rows, eval_dataset=HELD_OUT, **in_memory)
+    else:
+        result = reward(RewardConfig(**settings), train_dataset=rows, eval_dataset=rows[:3], **in_memory)
     run = Path(words["output_dir"])
     weights = {name: tensor.detach().clone() for name, tensor in result.model.named_parameters()}
     save_file(weights, run.with_name(f"{run.name}-{rank}.safetensors"))
@@ -139,12 +155,12 @@ def forked() -> Iterator[Forked]:
 def together(forked: Forked, tmp_path: Path, _tokenizer_folder: str) -> Any:
     """together(num_processes, name, **words of the configuration): a run of so many processes."""
 
-    def start(num_processes: int, name: str, kill_at: int = -1, **words: Any) -> Path:
+    def start(num_processes: int, name: str, kill_at: int = -1, stage: str = "sft", **words: Any) -> Path:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"world_size": num_processes, "port": port, "tokenizer": _tokenizer_folder, "kill_at": kill_at}
-        shared["words"] = {"output_dir": str(tmp_path / name), **words}
+        shared |= {"stage": stage, "words": {"output_dir": str(tmp_path / name), **words}}
         logs = [str(tmp_path / f"{name}-{rank}.log") for rank in range(num_processes)]
         calls = [Call("test_supervised:work", {"rank": rank, **shared}, log) for rank, log in enumerate(logs)]
         forked.run(*calls)
@@ -176,6 +192,35 @@ def test_two_processes_learn_what_one_learns(together: Any) -> None:
     assert lines(two, "metrics") == [close(line) for line in lines(one, "metrics")]
     losses = [[line["loss"]["mean"] for line in lines(run, "evaluations")] for run in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_two_processes_pack_what_one_does_not(together: Any) -> None:
+    rows = "sft, of all lengths"
+    one = together(1, "one", stage=rows)
+    two = together(2, "two", stage=rows, micro_batch_size=1, packing=True)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-10)
+    losses, padding = (
+        [[line[name] for line in lines(run, "metrics")] for run in (one, two)] for name in ("loss", "padding")
+    )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert sum(padding[1]) < sum(padding[0])
+
+
+@pytest.mark.parametrize(
+    ("stage", "steps"), [("pairs", 1), ("rankings", 1), pytest.param("pairs", 3, marks=pytest.mark.slow)]
+)
+def test_two_processes_learn_the_rewards_that_one_learns(together: Any, stage: str, steps: int) -> None:
+    words = {"stage": stage, "reward.centring": 0.1, "max_steps": steps}
+    one, two = together(1, "one", **words), together(2, "two", micro_batch_size=1, **words)
+    start = dict(build_tiny_model("gpt2").double().named_parameters())
+    assert max((tensor - start[name]).abs().max() for name, tensor in weights(one).items() if name in start) > 1e-4
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor, rtol=0, atol=1e-10)
+        assert torch.equal(weights(two, rank=1)[name], weights(two)[name])
+    assert lines(two, "metrics") == [close(line) for line in lines(one, "metrics")]
+    likelihoods = [[line["log_likelihood"]["mean"] for line in lines(run, "evaluations")] for run in (one, two)]
+    assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-9)
 
 
 def test_more_processes_than_rows(together: Any) -> None:

@@ -29,6 +29,7 @@ LONGEST_METAVAR = 60
 """Characters of a flag's choices beside its name; more of them stand in its help."""
 
 DEMO_CONFIG = Path(__file__).with_name("demo") / "demo.yaml"
+DEMO_COMPARISON = DEMO_CONFIG.with_name("compare.yaml")
 
 
 class Verb(NamedTuple):
@@ -53,6 +54,18 @@ VERBS: dict[str, Verb] = {
         "evaluate",
         "EvaluateConfig",
     ),
+    "judge": Verb(
+        "compare completions or models pairwise before a judge, each pair in both orders",
+        "pairtune.evidence.judge",
+        "judge",
+        "JudgeConfig",
+    ),
+    "compare": Verb(
+        "run a grid of methods at equal budgets, and say which gives more reward for less drift",
+        "pairtune.evidence.compare",
+        "compare",
+        "CompareConfig",
+    ),
     "sample": Verb("talk to a model or to the result of a run", "pairtune.chat", "sample", "SampleConfig"),
     "demo": Verb(
         "align SmolLM2-135M-Instruct on this machine, before and after side by side",
@@ -61,18 +74,24 @@ VERBS: dict[str, Verb] = {
         "TrainConfig",
         DEMO_CONFIG,
     ),
-    "report": Verb("write report.html of a run", "pairtune.evidence.report", "write_report"),
+    "report": Verb("write the page of a run, or of a comparison of runs", "pairtune.evidence.report", "write_report"),
 }
 
 EXAMPLES = """\
 examples:
   pairtune demo
+  pairtune demo --compare
   pairtune sft --model smollm2-135m-instruct-q4 --dataset answers.jsonl --dataset_test_split null
   pairtune train --config configs/tldr_gpu.yaml --epsilon 0.1 --p3o.clip separate
   pairtune train --resume --output_dir runs/train
   pairtune sample runs/demo --prompt "How was your day?"
 """
-USAGE = {"sample": "pairtune sample MODEL [settings]", "report": "pairtune report RUN [-o FILE]"}
+USAGE = {
+    "demo": "pairtune demo [--compare] [settings]",
+    "judge": "pairtune judge A B [C ...] [settings]",
+    "sample": "pairtune sample MODEL [settings]",
+    "report": "pairtune report RUN... [-o FILE] [--figures FOLDER]",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> None:
+    if argv[:1] == ["demo"] and "--compare" in argv:
+        # Another thing to show than one run, with the settings of `pairtune compare`.
+        argv = ["compare", "--config", str(DEMO_COMPARISON), *(word for word in argv[1:] if word != "--compare")]
     name = argv[0] if argv else "--help"
     if not name.startswith("-") and name not in VERBS:
         near = difflib.get_close_matches(name, VERBS, n=1)
@@ -103,7 +125,7 @@ def _run(argv: list[str]) -> None:
         raise PairtuneError(_unknown_argument(unknown[0], name))
     verb, values = VERBS[flags.verb], {key: value for key, value in vars(flags).items() if key != "verb"}
     if verb.config is None:
-        print(_handover(verb)(Path(values["run"]), output=values["output"]))
+        print(_handover(verb)(list(map(Path, values["runs"])), output=values["output"], figures=values["figures"]))
     elif (config := _read_config(verb, values)) is not None:
         function = _handover(verb)
         _hide_progress_bars()
@@ -142,7 +164,8 @@ def _read_config(verb: Verb, flags: dict[str, Any]) -> Words | None:
         overrides = {"overwrite": "false", **overrides}  # a run that once replaced another is not to be replaced itself
     config = load_config(cls, path, overrides)
     # From Python reward functions can be passed in; here they must be named.
-    if getattr(config, "reward_funcs", None) == [] and getattr(config, "reward_model", None) is None:
+    stand_ins = ("reward_model", "preference_func")
+    if getattr(config, "reward_funcs", None) == [] and all(getattr(config, key, None) is None for key in stand_ins):
         raise PairtuneError(
             "reward_funcs is missing; "
             "give --reward_funcs with package.module.function, path/to/file.py:function or a reward model."
@@ -226,12 +249,29 @@ def _parser(asked: str) -> _Parser:
             verb_parser.add_argument(
                 "model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="same as --model"
             )
+        if name == "demo":
+            verb_parser.add_argument(
+                "--compare", action="store_true", help="compare methods on a language whose best frontier is known"
+            )
+        if name == "judge":
+            sides = verb_parser.add_argument(
+                "sides", nargs="+", default=argparse.SUPPRESS, metavar="SIDE", help="same as --sides"
+            )
+            sides.required = False  # they may stand in the configuration file
         if verb.config is not None:
             _add_settings(verb_parser, verb)
         else:
-            verb_parser.add_argument("run", metavar="RUN", help="run folder")
             verb_parser.add_argument(
-                "-o", "--output", metavar="FILE", help="where to write it [default: report.html in the run folder]"
+                "runs", metavar="RUN", nargs="+", help="run folder; the folder of a comparison stands for its runs"
+            )
+            verb_parser.add_argument(
+                "-o",
+                "--output",
+                metavar="FILE",
+                help="where to write it [default: report.html in the folder, or here where several are named]",
+            )
+            verb_parser.add_argument(
+                "--figures", metavar="FOLDER", help="also write its figures as SVG and PNG, its tables as CSV and LaTeX"
             )
     return parser
 
@@ -269,13 +309,15 @@ def _shape(field: FieldInfo) -> dict[str, Any]:
         return {"nargs": "?", "const": "true", "metavar": "true|false"}
     lists = [kind for kind in kinds if get_origin(kind) is list]
     kind = kinds_of(get_args(lists[0])[0])[0] if lists else kinds[0]
+    if get_origin(kind) is dict:
+        return {"nargs": "*", "metavar": "YAML"} if lists else {"metavar": "YAML"}
     metavar = "|".join(get_args(kind)) or {int: "N", float: "X"}.get(kind, "TEXT")
     return {"nargs": "*", "metavar": metavar} if lists else {"metavar": metavar}
 
 
 def _shown(default: Any) -> str:
     if isinstance(default, list):
-        return " ".join(default) or "none"
+        return " ".join(map(str, default)) or "none"
     return default if isinstance(default, str) else json.dumps(default)
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -365,22 +365,8 @@ def encode_rankings(
         place = f"row {number} of {name}"
         prompt = checked_prompt(row.get(config.prompt_column), place)
         group = _Group(prompt, number, row, [], [])
-        completions, ranks = row.get("completions"), row.get("ranks")
-        if not (isinstance(completions, list) and isinstance(ranks, list) and len(completions) == len(ranks)):
-            raise PairtuneError(
-                f"{place}: `completions` and `ranks` must be lists of equal length, "
-                f"not {_described(completions)} and {_described(ranks)}."
-            )
-        for completion, rank in zip(completions, ranks, strict=True):
-            checked_rank = _whole(rank, place)
-            answer = _answer(completion, prompt, f"{place}: `completions`")
-            if answer is None:
-                left_out["completion", NOT_ONE_TURN] += 1
-            elif not answer.strip():
-                left_out["completion", EMPTY] += 1
-            else:
-                group.completions.append(answer)
-                group.rewards.append(-checked_rank)
+        ranked = _Scored("completions", row.get("completions"), "ranks", row.get("ranks"))
+        _add(group, ranked, lambda rank, place: -_whole(rank, place), left_out, place)
         if len(group.completions) > 1 and len(set(group.rewards)) == 1:
             left_out["prompt", ONE_RANK] += 1
         else:
@@ -423,21 +409,8 @@ def load_scored(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, dataset
         completions, rewards = row.get(completion_column), row.get(reward_column)
         if not in_lists:
             completions, rewards = [completions], [rewards]
-        elif not (isinstance(completions, list) and isinstance(rewards, list) and len(completions) == len(rewards)):
-            raise PairtuneError(
-                f"{place}: `completions` and `rewards` must be lists of equal length, "
-                f"not {_described(completions)} and {_described(rewards)}."
-            )
-        for completion, reward in zip(completions, rewards, strict=True):
-            checked_reward = _finite(reward, place)
-            answer = _answer(completion, prompt, f"{place}: `{completion_column}`")
-            if answer is None:
-                left_out["completion", NOT_ONE_TURN] += 1
-            elif not answer.strip():
-                left_out["completion", EMPTY] += 1
-            else:
-                group.completions.append(answer)
-                group.rewards.append(checked_reward)
+        scored = _Scored(completion_column, completions, reward_column, rewards)
+        _add(group, scored, _finite, left_out, place)
     return _encoded(list(groups.values()), left_out, [], name, config, tokenizer)
 
 
@@ -451,6 +424,42 @@ class _Group:
     row: Row
     completions: list[str]
     rewards: list[float]
+
+
+class _Scored(NamedTuple):
+    """The two columns of a row that hold completions and a number for each, by name."""
+
+    completion_column: str
+    completions: Any
+    number_column: str
+    numbers: Any
+
+
+def _add(
+    group: _Group,
+    row: _Scored,
+    reward_of: Callable[[Any, str], float],
+    left_out: Counter[tuple[str, str]],
+    place: str,
+) -> None:
+    """Adds to a group the completions of a row that can be learned from, with what `reward_of` makes of their
+    numbers; counts the others."""
+    completions, numbers = row.completions, row.numbers
+    if not (isinstance(completions, list) and isinstance(numbers, list) and len(completions) == len(numbers)):
+        raise PairtuneError(
+            f"{place}: `{row.completion_column}` and `{row.number_column}` must be lists of equal length, "
+            f"not {_described(completions)} and {_described(numbers)}."
+        )
+    for completion, number in zip(completions, numbers, strict=True):
+        reward = reward_of(number, place)
+        answer = _answer(completion, group.prompt, f"{place}: `{row.completion_column}`")
+        if answer is None:
+            left_out["completion", NOT_ONE_TURN] += 1
+        elif not answer.strip():
+            left_out["completion", EMPTY] += 1
+        else:
+            group.completions.append(answer)
+            group.rewards.append(reward)
 
 
 def training_rows(config: TrainConfig | SFTConfig | RewardConfig, dataset: Any = None) -> tuple[list[Row], str]:
@@ -525,6 +534,7 @@ def _encoded(
         return kept
 
     groups = keep([group for group in groups if len(group.completions) > 1], groups, TOO_FEW)
+    _check_characters(groups, name)
     num_shortened = 0
     if cut_dialogues:
         whole = _raw(groups, [], name)
@@ -600,6 +610,19 @@ def _raw(groups: list[_Group], columns: list[str], name: str) -> RawPrompts:
         name=name,
         numbers=[group.number for group in groups],
     )
+
+
+def _check_characters(groups: Sequence[_Group], name: str) -> None:
+    """Raises PairtuneError for half of a surrogate pair, which JSON can hold (`"\\ud83d"`) and no tokenizer reads."""
+    for group in groups:
+        try:
+            json.dumps([group.prompt, group.completions], ensure_ascii=False, default=repr).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise PairtuneError(
+                f"row {group.number} of {name}: its text holds {half!r}, which is half of a character; correct it, or "
+                "leave the row out."
+            ) from None
 
 
 def _told(left_out: Counter[tuple[str, str]]) -> list[str]:
@@ -816,6 +839,7 @@ def _encoded_answers(
     """Each group with the ids of its prompt and of its one completion, neither of them cut."""
     if not groups:
         return []
+    _check_characters(groups, name)
     raw = _raw(groups, [], name)
     settings: dict[str, Any] = {"chat": config.chat, "system_prompt": config.system_prompt}
     prompts = raw.encode(tokenizer, max_prompt_length=UNCUT, **settings)
@@ -837,17 +861,19 @@ def _texts(
 ) -> list[Example]:
     """Plain texts with EOS behind each, all but the first token learned."""
     eos_token_id = eos_of(tokenizer)
-    texts: list[str] = []
+    groups: list[_Group] = []
     for number, row in enumerate(rows):
         text = row.get(config.text_column)
         if not isinstance(text, str):
             what = f"row {number} of {name}: `{config.text_column}` is {_described(text)}"
             raise PairtuneError(f"{what}; it must be a string.")
         if text.strip():
-            texts.append(text.removesuffix(str(tokenizer.eos_token)))
+            groups.append(_Group(text.removesuffix(str(tokenizer.eos_token)), number, row, [], []))
         else:
             left_out["row", EMPTY_TEXT] += 1
-    if not texts:
+    if not groups:
         return []
+    _check_characters(groups, name)
+    texts = [str(group.prompt) for group in groups]
     encoded = RawPrompts(prompts=list(texts), columns={}, name=name).format(tokenizer, chat="never").token_ids(texts)
     return [Example([*ids, eos_token_id], list(range(1, len(ids) + 1))) for ids in encoded]

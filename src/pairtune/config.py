@@ -159,6 +159,8 @@ class Words(BaseModel, metaclass=_OneSentence):
         takes_list = any(get_origin(kind) is list for kind in kinds)
         if value is None:
             return [] if takes_list and NoneType not in kinds else None
+        if isinstance(value, str) and any(get_origin(kind) is dict for kind in kinds):
+            value = _parsed(value)  # a shell gives `{beta: [0.05, 0.1]}` as text
         items = value if isinstance(value, list) else [value]
         if bool not in kinds and any(isinstance(item, bool) for item in items):
             raise ValueError("true and false are not numbers")  # pydantic would read them as 1 and 0
@@ -167,16 +169,11 @@ class Words(BaseModel, metaclass=_OneSentence):
         return value
 
 
-class ModelWords(Words):
-    """Which model, and how it computes."""
+class ComputeWords(Words):
+    """How models compute."""
 
     topic = "model"
 
-    model: Annotated[str, Field(min_length=1)]
-    """The policy: a hub id, a local folder, a run folder (its newest checkpoint), or `smollm2-135m-instruct-q4` (comes
-    as a package, no hub needed)."""
-    model_revision: str | None = None
-    """Branch, tag or commit of a hub model; null: its main branch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision of every pass; auto: bfloat16 where the hardware is fast at it, else float32."""
     device: Annotated[
@@ -189,6 +186,18 @@ class ModelWords(Words):
     """Attention kernel of transformers: sdpa, eager, flash_attention_2, ..."""
     trust_remote_code: bool = False
     """Run Python code that a hub model brings along."""
+
+
+class ModelWords(ComputeWords):
+    """Which model, and how it computes."""
+
+    topic = "model"
+
+    model: Annotated[str, Field(min_length=1)]
+    """The policy: a hub id, a local folder, a run folder (its newest checkpoint), or `smollm2-135m-instruct-q4` (comes
+    as a package, no hub needed)."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a hub model; null: its main branch."""
 
 
 class PromptWords(Words):
@@ -255,16 +264,64 @@ class RewardWords(Words):
         return self
 
 
+EndpointURL = Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+[^\s@?#]*$"), Allowed("a URL like https://host/v1")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$"), Allowed("the name of an environment variable")]
+
+
+class JudgeWords(Words):
+    """Who says which of two completions is better."""
+
+    topic = "judge"
+
+    model: Annotated[str, Field(min_length=1)] | None = None
+    """Who judges: a model at the endpoint base_url; without one a language or reward model (a hub id, a folder, a run
+    folder), or a preference or reward function (`package.module.function`, `path/to/file.py:function`)."""
+    base_url: EndpointURL | None = None
+    """OpenAI-compatible endpoint; `/chat/completions` is added to it. null: the judge is on this machine."""
+    api_key_env: VariableName | None = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the endpoint's key (never the key itself); null: it needs none."""
+    template: str | None = None
+    """File with a question of your own, holding {prompt}, {first} and {second}; null: the P3O paper's question."""
+    answer: Literal["probabilities", "text"] = "probabilities"
+    """How a language model here is asked: the probabilities of A and B where the verdict stands, or a written answer.
+    Endpoints always write."""
+    temperature: NonNegativeFloat | None = 0.0
+    """Of a written answer; null: the endpoint's own."""
+    max_tokens: PositiveInt = 256
+    """Tokens of a written answer at most; one that is cut short has no verdict."""
+    batch_size: PositiveInt = 8
+    """Questions a forward pass of a model here."""
+    concurrency: PositiveInt = 8
+    """Requests under way at a time."""
+    requests_per_minute: PositiveFloat | None = None
+    """Requests sent a minute at most; null: no limit of ours."""
+    tokens_per_minute: PositiveFloat | None = None
+    """Tokens read and written a minute at most; null: no limit of ours."""
+    timeout: PositiveFloat = 60.0
+    """Seconds to wait for an answer."""
+    max_retries: NonNegativeInt = 6
+    """Times that a request is sent again after a time-out, 429, 5xx or an answer that cannot be read."""
+    cache: str | None = None
+    """Folder where answers are kept, so that no question is asked twice; null: in pairtune's own cache. A model here
+    keeps its verdicts for `pairtune judge`, not in training."""
+    input_price: NonNegativeFloat | None = None
+    """Price of a million tokens read, in your currency; null: no cost is shown."""
+    output_price: NonNegativeFloat | None = None
+    """Price of a million tokens written."""
+
+
 class PreferenceWords(Words):
-    """Which of two is better, where a function says that and not how good each is."""
+    """Which of two is better, where a function or a judge says that and not how good each is."""
 
     topic = "reward"
 
     preference_func: Annotated[str, Field(min_length=1)] | None = None
-    """Feedback of training in place of rewards: a function (named as in reward_funcs) that gives the probability that
-    the first of two completions is better; reward_funcs then judge the held-out completions alone."""
+    """Feedback of training in place of rewards: `judge` (see judge.model), or a function (named as in reward_funcs)
+    that gives the probability that the first of two is better; reward_funcs then judge held-out completions alone."""
     preference_rewards: Literal["logits", "margins"] = "logits"
     """Rewards from preferences, for methods that need rewards: a row's mean of log-odds, or of 2 p - 1."""
+    judge: JudgeWords = Field(default_factory=JudgeWords)
+    """The judge, read when `preference_func` is judge."""
 
 
 class SamplingWords(Words):
@@ -457,6 +514,8 @@ class AlgorithmWords(Words):
     dataset."""
     scale_rewards: Literal["none", "running"] = "none"
     """running: divide rewards by their running standard deviation (breaks the invariance to a shift per prompt)."""
+    reward_noise: NonNegativeFloat = 0.0
+    """Standard deviation of normal noise that is added to the rewards of training, not to held-out ones."""
     beta: NonNegativeFloat = 0.05
     """Weight of the KL to the starting policy, reward units a nat; 0: no pull (the KL is logged all the same)."""
     epsilon: PositiveFloat = 0.2
@@ -543,6 +602,8 @@ class RunWords(Words):
     """Steps, each one batch collected and learned from."""
     max_minutes: PositiveFloat | None = None
     """Minutes of training after which the run ends early, with a checkpoint; null: no limit."""
+    max_generated_tokens: PositiveInt | None = None
+    """Completion tokens sampled in training; the step that reaches them is the last; null: no limit."""
     eval_steps: NonNegativeInt = 10
     """Steps between held-out evaluations; 0: only before and after."""
     save_steps: NonNegativeInt = 50
@@ -679,6 +740,9 @@ class SFTConfig(ModelWords, PromptWords, TrainPromptWords, ChatWords, Supervised
     limit."""
     max_length: PositiveInt = 1024
     """Tokens of an example, prompt included; longer ones are cut to their beginning and counted."""
+    packing: bool = False
+    """Several examples in one row of a forward pass, blind to each other, where the architecture allows it; changes
+    memory and speed, not the gradient."""
     dataset_train_split: str = "train"
     """Split of the training examples."""
     eval_dataset: str | None = None
@@ -708,6 +772,9 @@ class RewardLearningConfig(Words):
     likelihood."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Share of the pairs' labels taken to be wrong."""
+    fit_head: bool = False
+    """Fit the head alone before the first update, to up to 4096 rows, in place of a random one. Its penalty is chosen
+    by cross-validation."""
     normalise_mean: bool = False
     """Shift rewards so that up to 512 of the best training completions have mean 0. The shift is a number in the saved
     config that only pairtune reads: the model's class has no bias."""
@@ -742,6 +809,12 @@ class RewardConfig(ModelWords, PromptWords, TrainPromptWords, ChatWords, Supervi
     """Column, where there is one, with the probability that the chosen completion is better; null: not read."""
     num_eval_examples: PositiveInt | None = None
     """Held-out rows to evaluate on; null: all."""
+    num_layers: PositiveInt | None = None
+    """Keep only the first n decoder layers: a reward model that costs less and, from few comparisons, may learn more;
+    null: all."""
+    activation_cache_gb: NonNegativeFloat = 2.0
+    """GiB of memory at most for what the layers below `trainable_layers` make of rows that are read more than once, so
+    that they meet a row once and not once an epoch; 0: none."""
     reward: RewardLearningConfig = Field(default_factory=RewardLearningConfig)
     """Knobs of reward learning."""
     learning_rate: NonNegativeFloat = 1e-5
@@ -784,6 +857,45 @@ class EvaluateConfig(ModelWords, PromptWords, ChatWords, RewardWords, SamplingWo
         return values
 
 
+class SideWords(Words):
+    """What is judged."""
+
+    topic = "sides"
+
+    sides: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
+    """Two or more, each a path or NAME=path: a file of completions, the JSON of `pairtune evaluate`, a run folder (its
+    last held-out samples), a comparison (each of its arms), or a model (sampled first)."""
+    completion_column: str = "completion"
+    """Column of a file that holds the completion, beside `prompt_column`."""
+
+
+class JudgeConfig(SideWords, PromptWords, ChatWords, SamplingWords, EvaluationWords, ComputeWords):
+    """Everything `pairtune judge` can be told."""
+
+    topic = "result"
+
+    dataset: str | None = None  # type: ignore[assignment]  # files bring their own prompts
+    """Prompts on which models are sampled: a hub id, a folder or a file; null: those that the other sides share."""
+    dataset_test_split: str = "test"
+    """Split of these prompts."""
+    num_eval_prompts: PositiveInt | None = None
+    """Prompts to judge on, the first that all sides share; null: all."""
+    eval_generations: PositiveInt = 1
+    """Completions a prompt that models are sampled for."""
+    judge: JudgeWords = Field(default_factory=JudgeWords)
+    """The judge."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/judge"
+    """Folder of judge.json (the tables) and verdicts.jsonl (a line a verdict)."""
+    overwrite: bool = False
+    """Replace the result of other sides or another judge that is already there."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> JudgeConfig:
+        if sentences := list(_judge_contradictions(self.judge)):
+            raise PairtuneError("\n".join(sentences))
+        return self
+
+
 class SampleConfig(ModelWords, ChatWords, SamplingWords):
     """Everything `pairtune sample` can be told."""
 
@@ -797,6 +909,107 @@ class SampleConfig(ModelWords, ChatWords, SamplingWords):
     """Completions a prompt."""
 
 
+Settings = Annotated[dict[str, Any], Allowed("settings of `pairtune train`, as `key: value`")]
+Axis = Annotated[list[Any], Field(min_length=1)]
+
+
+class BudgetWords(Words):
+    """What every cell of a comparison may spend in training; evaluations are not counted."""
+
+    topic = "budget"
+
+    completions: PositiveInt | None = None
+    """Completions that every cell learns from: it takes as many whole steps as fit; null: `base.max_steps` decides."""
+    tokens: PositiveInt | None = None
+    """Tokens that every cell samples: the step that reaches them is its last; null: not limited."""
+    completions_per_step: PositiveInt | None = None
+    """Completions a step of every cell, whatever its num_generations; null: batch_size times num_generations of
+    `base`."""
+
+
+class SweepWords(Words):
+    """How each method's own settings are chosen before the comparison: by one rule, on other prompts."""
+
+    topic = "sweep"
+
+    axes: Annotated[dict[str, Axis], Allowed("lists of values by setting, such as {learning_rate: [1e-5, 1e-4]}")] = {}
+    """Setting -> values to try for every method, such as {learning_rate: [1e-5, 1e-4]}; empty: no sweep."""
+    rule: Literal["objective", "reward"] = "objective"
+    """Kept is what ends highest in held-out reward - beta * KL, or in held-out reward."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1_000_003
+    """Seed of every run of the sweep; none of `seeds`."""
+    split: str | None = None
+    """Split of the prompts that the sweep is judged on, apart from those of the comparison, such as `test[:32]`; not
+    needed for a task."""
+    completions: PositiveInt | None = None
+    """Budget of a run of the sweep; null: that of a cell."""
+
+
+class TaskWords(Words):
+    """A language in which every completion can be enumerated, in place of model, dataset and reward: its frontier is
+    known exactly."""
+
+    topic = "task"
+
+    policy: Literal["transformer", "table"] | None = None
+    """The starting policy: a transformer of two layers, or a free table of logits; null: no task."""
+    vocab_size: Annotated[int, Field(ge=3, le=27)] = 3
+    """Words, the end of a completion among them."""
+    num_prompts: PositiveInt = 3
+    """Prompts of the language."""
+    max_completion_length: PositiveInt = 3
+    """Tokens, the end of a completion among them."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the rewards and of the starting policy."""
+    num_rows: PositiveInt = 48
+    """Held-out rows, prompts in turn: what is sampled for the head-to-head. KL and reward are enumerated."""
+
+
+class CompareConfig(Words):
+    """Everything `pairtune compare` can be told."""
+
+    topic = "comparison"
+
+    base: Settings
+    """Settings of `pairtune train` that all cells share: one starting policy, one reward, one split of prompts."""
+    methods: Annotated[
+        dict[str, dict[str, Any] | None] | list[str], Allowed("settings by a method's name, or a list of algorithms")
+    ] = {}
+    """Name in the tables -> its settings over `base`, `algorithm` among them; or a list of algorithms; empty: the
+    algorithm of `base`."""
+    axes: Annotated[dict[str, Axis], Allowed("lists of values by setting, such as {beta: [0.05, 0.1]}")] = {}
+    """Setting -> values: every combination is a cell of every method. A setting of a method's own section concerns that
+    method alone."""
+    cells: Annotated[list[dict[str, Any]], Allowed("a list of cells, each settings over `base` with its `method`")] = []
+    """Cells beside the grid, each settings over those of its `method`."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] = [0, 1, 2]
+    """Every cell is run once a seed. One alone says nothing about the next training run."""
+    preset: Literal["kl_coefficient", "clipping", "clip_form", "kl_at", "num_generations", "reward_noise"] | None = None
+    """A ready-made ablation, which gives the axes (docs/compare.md lists them); `axes` win over it."""
+    budget: BudgetWords = Field(default_factory=BudgetWords)
+    """What every cell may spend."""
+    sweep: SweepWords = Field(default_factory=SweepWords)
+    """How each method's own settings are chosen."""
+    task: TaskWords = Field(default_factory=TaskWords)
+    """A language whose frontier is known."""
+    held_out_reward_funcs: list[Annotated[str, Field(min_length=1)]] = []
+    """Rewards that nobody trained on, named as in reward_funcs: stored completions are scored again, for a second
+    head-to-head."""
+    parallel: PositiveInt = 1
+    """Cells at work at a time, each in a process of its own with `base.num_threads` threads (null: 1)."""
+    keep_checkpoints: bool = True
+    """Keep the last checkpoint of finished cells; false: a finished cell is its logs and samples."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/compare"
+    """Comparison folder: cells/, sweep/, comparison.json, report.html. Cells that are finished there are not run
+    again."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> CompareConfig:
+        if sentences := list(_compare_contradictions(self)):
+            raise PairtuneError("\n".join(sentences))
+        return self
+
+
 ConfigT = TypeVar("ConfigT", bound=Words)
 VERB_OF: dict[type[Words], str] = {
     TrainConfig: "train",
@@ -804,6 +1017,8 @@ VERB_OF: dict[type[Words], str] = {
     RewardConfig: "reward",
     EvaluateConfig: "evaluate",
     SampleConfig: "sample",
+    JudgeConfig: "judge",
+    CompareConfig: "compare",
 }
 MAX_SENTENCES = 5
 
@@ -831,13 +1046,27 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
         yield f"replay is {config.replay}, but {name} {why}; set it to 0, or take {methods}."
     if config.offline and config.scale_rewards == "running":
         yield f"scale_rewards is running, but {name} takes its rewards from the dataset; set it to none."
+    if config.offline and config.reward_noise:
+        yield f"reward_noise is {config.reward_noise}, but {name} takes its rewards from the dataset; set it to 0."
+    if config.offline and config.max_generated_tokens is not None:
+        yield (
+            f"max_generated_tokens is {config.max_generated_tokens}, but {name} reads a dataset and generates none; "
+            "leave it out."
+        )
+    if config.max_generated_tokens is not None and config.lr_scheduler_type in ("linear", "cosine"):
+        yield (
+            f"lr_scheduler_type is {config.lr_scheduler_type}, whose end max_generated_tokens does not know; take "
+            "constant or constant_with_warmup."
+        )
+    if config.preference_func == "judge":
+        yield from _judge_contradictions(config.judge)
     if config.preference_func is not None:
         if config.offline:
             yield f"preference_func is {_show(config.preference_func)}, but {name} reads a dataset; set it to null."
         if config.num_generations < 2:
             yield "num_generations is 1, but preference_func compares two completions of a prompt; give 2 or more."
-        for key in ("missing_eos_penalty", "scale_rewards"):
-            if (value := getattr(config, key)) not in (None, "none"):
+        for key in ("missing_eos_penalty", "scale_rewards", "reward_noise"):
+            if (value := getattr(config, key)) not in (None, "none", 0):
                 yield f"{key} is {value}, but with preference_func there are no rewards to change; leave it out."
     if config.minibatch_size is not None and config.batch_size % config.minibatch_size:
         yield (
@@ -845,6 +1074,15 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
             f"give a divisor, such as {math.gcd(config.batch_size, config.minibatch_size)}."
         )
     yield from _run_contradictions(config)
+
+
+def _judge_contradictions(judge: JudgeWords) -> Iterator[str]:
+    """The same of a judge that is to be asked."""
+    if judge.model is None:
+        yield "judge.model is missing; give --judge.model, who judges."
+    if (judge.input_price is None) != (judge.output_price is None):
+        given, lacking = ("input", "output") if judge.output_price is None else ("output", "input")
+        yield f"judge.{given}_price is given and judge.{lacking}_price not; give both, or none."
 
 
 def _run_contradictions(config: TrainConfig | SupervisedWords) -> Iterator[str]:
@@ -856,6 +1094,43 @@ def _run_contradictions(config: TrainConfig | SupervisedWords) -> Iterator[str]:
         )
     if config.resume and config.overwrite:
         yield "resume and overwrite are both true, but a run is either continued or replaced; set one of them to false."
+
+
+def _compare_contradictions(config: CompareConfig) -> Iterator[str]:
+    """One sentence for each thing that `compare` decides and `base` or a method decides too, or that does not fit."""
+    if config.budget.completions is not None and config.budget.tokens is not None:
+        yield (
+            f"budget.completions is {config.budget.completions} and budget.tokens {config.budget.tokens}, but cells "
+            "are equal in one of the two; leave one out."
+        )
+    for key in ("output_dir", "resume", "overwrite", "seed"):
+        if key in config.base:
+            mend = "give `seeds`" if key == "seed" else "leave it out"
+            yield f"base.{key} is {_show(config.base[key])}, but `pairtune compare` sets it for every cell; {mend}."
+    for key in config.sweep.axes:
+        if key in config.axes:
+            yield f"{key} stands in axes and in sweep.axes, but is either compared or chosen; leave it out of one."
+    if config.sweep.axes and config.sweep.seed in config.seeds:
+        yield f"sweep.seed is {config.sweep.seed}, one of seeds; give another, so that no run chooses for itself."
+    if config.sweep.axes and config.sweep.split is None and config.task.policy is None:
+        yield (
+            "sweep.split is missing, but a sweep needs prompts of its own; name a split of the held-out dataset, or "
+            "cut one in two: base.dataset_test_split `test[32:]` and sweep.split `test[:32]`."
+        )
+    if len(set(config.seeds)) < len(config.seeds):
+        yield f"seeds is {_show(config.seeds)}, which names one twice; give each once."
+    if config.task.policy is None:
+        for key in ("model", "dataset", "reward_funcs"):
+            if not config.base.get(key):
+                yield f"base.{key} is missing; every cell starts from one policy, on one set of prompts, by one reward."
+        if config.base.get("dataset_test_split", "test") is None:
+            yield "base.dataset_test_split is null, but cells are compared on held-out prompts; name their split."
+    else:
+        for key in ("model", "dataset", "reward_funcs", "max_completion_length", "dataset_test_split"):
+            if key in config.base:
+                yield f"base.{key} is {_show(config.base[key])}, but a task brings its own; leave one of the two out."
+        if config.held_out_reward_funcs:
+            yield "held_out_reward_funcs is given, but a task has its one reward; leave it out."
 
 
 def warnings_for(config: TrainConfig) -> list[str]:
@@ -887,6 +1162,11 @@ def warnings_for(config: TrainConfig) -> list[str]:
     if config.algorithm == "p3o" and config.p3o.clip == "none" and config.epsilon != default_epsilon:
         warnings.append(
             f"epsilon is {config.epsilon}, but does nothing with p3o.clip none; set p3o.clip to joint or separate."
+        )
+    if config.judge.model is not None and config.preference_func != "judge":
+        warnings.append(
+            f"judge.model is {_show(config.judge.model)}, but is not asked while preference_func is "
+            f"{_show(config.preference_func)}; set that to judge."
         )
     if config.scale_rewards == "running":
         warnings.append(
@@ -991,6 +1271,15 @@ class _Loader(yaml.SafeLoader):
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _parsed(text: str) -> Any:
+    """A mapping written on one line; any other text as it is, to be refused or taken for a name."""
+    try:
+        value = yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError:
+        return text
+    return value if isinstance(value, dict) else text
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -107,11 +107,18 @@ def load_dataset_rows(dataset: Any, *, split: str, config: str | None = None, on
     A file and Python data have no named splits of their own. Where their rows have a `split` column it selects (and is
     dropped); where they have none, everything is the split `only_split` and any other split is refused: a held-out set
     must be named, not guessed. The caller gives the test split's name as `only_split` for a dataset that is meant to be
-    held out as a whole.
+    held out as a whole. A split may be cut, `test[:32]` or `test[32:]`, as `datasets` cuts those of the hub.
 
     Raises PairtuneError if the dataset, the file or the split does not exist, is empty, or cannot be read.
     """
     name = dataset_name(dataset)
+    is_local = not isinstance(dataset, str | Path) or _is_file(dataset)
+    if is_local and (cut := re.fullmatch(r"(.+)\[(-?\d*):(-?\d*)\]", split)):
+        start, stop = (int(end) if end else None for end in cut.groups()[1:])
+        whole = load_dataset_rows(dataset, split=cut[1], config=config, only_split=re.sub(r"\[.*\]$", "", only_split))
+        if not whole[start:stop]:
+            raise PairtuneError(f"{name} has no rows in split {split!r}: {cut[1]} has {len(whole)}.")
+        return whole[start:stop]
     if isinstance(dataset, str | Path) and not _is_file(dataset):
         rows = _load_with_datasets(str(dataset), config, split, only_split)
     elif config is not None:

@@ -6,6 +6,7 @@ All intervals are bootstrapped over prompts: the completions of one prompt are n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,7 @@ def evaluate_policy(
     The same prompts, the same random numbers and the same temperature at every call, so that two policies are compared
     on the same draws. `kl` is the sequence KL(law that samples || reference) in nats, Rao-Blackwellised (Amini, Vieira
     & Cotterell 2025); `kl_k1` the plain estimate log p - log ref of the same quantity, as a cross-check. Each metric is
-    a mean with its 95% interval.
+    a mean with its 95% interval. Of several reward functions each has its own mean too, `rewards/<name>`.
     """
     num_prompts = num_evaluated(dataset, config)
     state = SimpleNamespace(global_step=step, max_steps=getattr(config, "max_steps", step))
@@ -115,6 +116,8 @@ def evaluate_policy(
             # The law of the best is no product over tokens: what the choice adds, and what the policy has drifted.
             chosen = masked_sum(compared.policy_logprobs, mask, -1)
             batch["kl"] = batch["kl_k1"] = best_of_n_kl(chosen, best_of_n) + batch["kl_k1"]
+        by_function = scores.by_function if len(scores.by_function) > 1 else {}
+        batch |= {f"rewards/{name}": values for name, values in by_function.items()}
         for name, values in batch.items():
             columns.setdefault(name, []).append(values.float().cpu())
         width = config.max_completion_length
@@ -273,8 +276,14 @@ def _intervals(table: dict[str, Tensor], ids: Tensor) -> dict[str, Interval]:
     length = per_prompt["length"]
     # A completion without a reward does not count: the mean reward is a ratio too.
     reward = bootstrap_ratio((table["reward"] * table["counts"]).sum(1), table["counts"].sum(1))
+    by_function = {
+        name: bootstrap_ratio(values.nansum(1), values.isfinite().float().sum(1))
+        for name, values in table.items()
+        if name.startswith("rewards/")
+    }
     return {
         "reward": reward,
+        **by_function,
         "kl": bootstrap_mean(per_prompt["kl"]),
         "kl_k1": bootstrap_mean(per_prompt["kl_k1"]),
         "kl_per_token": bootstrap_ratio(per_prompt["kl"], length),
@@ -298,6 +307,7 @@ def _samples(
     """One line a completion. With its tokens it can be scored again as it was sampled, with its measures whatever an
     evaluation says can be worked out again, over other prompts and seeds together say."""
     measured = {name: values.cpu() for name, values in measured.items()}
+    by_function = scores.by_function if len(scores.by_function) > 1 else {}
     lengths, ids = completions.num_tokens.tolist(), completions.completion_ids.cpu()
     return [
         {
@@ -311,7 +321,12 @@ def _samples(
             "completion_ids": ids[i, k, : lengths[i][k]].tolist(),
             "truncated": bool(completions.truncated[i, k]),
             **{name: values[i, k].item() for name, values in measured.items()},
+            **{f"rewards/{name}": _or_none(values[i, k].item()) for name, values in by_function.items()},
         }
         for i, row in enumerate(rows)
         for k, text in enumerate(texts[i])
     ]
+
+
+def _or_none(answer: float) -> float | None:
+    return None if math.isnan(answer) else answer

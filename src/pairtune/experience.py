@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pairtune.config import TrainConfig
 from pairtune.data import shard
+from pairtune.feedback.noise import NoisyRewards
 from pairtune.feedback.preferences import PreferenceSet
 from pairtune.feedback.rewards import RewardSet
 from pairtune.models.loading import LoadedPolicy
@@ -45,6 +46,10 @@ class Collected:
     metrics: dict[str, float]
     extras: dict[str, list[Any]]
     """Columns that reward functions asked to log, P*K values each."""
+    forward_tokens: float = 0.0
+    """Real tokens, padding left out, that went through a decoder on the way: in sampling (a prompt once, and every
+    completion token but the last) and under the reference. A token that passes part of the layers counts for that
+    part."""
 
 
 def sampling_params(config: Any) -> SamplingParams:
@@ -110,7 +115,7 @@ def collect(
     *,
     policy: LoadedPolicy,
     sampler: Sampler,
-    feedback: RewardSet | PreferenceSet,
+    feedback: RewardSet | NoisyRewards | PreferenceSet,
     config: TrainConfig,
     step: int,
     policy_version: int,
@@ -145,7 +150,9 @@ def collect(
         rows=prompts.rows,
         step=step,
     )
-    return Collected(experience, layout, features, texts, scores.metrics, scores.extras)
+    sampled = int(completions.prompt_mask.sum() + (completions.num_tokens - 1).sum())
+    forward_tokens = sampled + layout.num_tokens
+    return Collected(experience, layout, features, texts, scores.metrics, scores.extras, forward_tokens)
 
 
 # ------------------------------------------------------------------------------------------- completions from a dataset
@@ -165,7 +172,11 @@ def collect_offline(
         layout = policy.scorer.layout(batch.completions)
         cuts = first_pass(config, len(batch.prompts), policy.device)
         features = trunk_features(policy, layout, cuts)
-        ref_logprobs = references.logprobs(batch.prompts.rows.tolist(), layout, features, cuts, step=step)
+        rows = batch.prompts.rows.tolist()
+        forward_tokens = layout.num_tokens * (
+            1 - policy.scorer.top_share + (policy.scorer.top_share if references.meets_new(rows, step) else 0)
+        )
+        ref_logprobs = references.logprobs(rows, layout, features, cuts, step=step)
     experience = Experience(
         completions=batch.completions,
         rewards=batch.rewards,
@@ -174,7 +185,8 @@ def collect_offline(
         rows=batch.prompts.rows,
         step=step,
     )
-    return Collected(experience, layout, features, decode(policy.tokenizer, batch.completions), {}, {})
+    texts = decode(policy.tokenizer, batch.completions)
+    return Collected(experience, layout, features, texts, {}, {}, forward_tokens)
 
 
 class ReferenceCache:
@@ -202,6 +214,10 @@ class ReferenceCache:
                 self._compute_again(row)
         empty = torch.zeros(layout.mask.shape, device=layout.mask.device)
         return empty.masked_scatter(layout.mask, torch.cat([self._known[row] for row in rows]).to(empty))
+
+    def meets_new(self, rows: list[int], step: int) -> bool:
+        """Whether a row of this step's batch comes for the first time, so that the batch goes through the reference."""
+        return any(self._first(row) == step for row in rows)
 
     def _compute(self, rows: list[int], layout: Layout, features: Tensor | None, cuts: Sequence[Tensor]) -> None:
         logprobs = reference_logprobs(self._policy, layout, features, cuts, temperature=self._config.temperature)

@@ -22,6 +22,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pairtune.completion_data import (
+    LARGEST,
     OfflineDataset,
     answer_end,
     encode_preferences,
@@ -135,7 +136,7 @@ def _numbers(data: OfflineDataset, column: str | None, kind: str) -> list[float]
         return None
     wanted = "a number from 0 to 1" if kind == "probability" else "a finite number"
     for number, value in zip(data.prompt_dataset.numbers, values, strict=True):
-        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        real = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
         if not real or (kind == "probability" and not 0 <= value <= 1):
             raise PairtuneError(
                 f"row {number} of {data.name}: the {kind} {shortened(value)} in `{column}` is not {wanted}; correct "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from pairtune.types import Completions, Prompts
 
 PreferenceFunction = Callable[..., Any]
 """f(prompts, first, second, **columns) -> list[float | None]: the probability that the first is better, None where the
-pair does not count. Synchronous or not."""
+pair does not count. Synchronous or not. What its attribute `metrics` holds after a call is logged with the step."""
 
 ARGUMENTS = ("prompts", "first", "second", "trainer_state")
 
@@ -37,14 +37,7 @@ class PreferenceSet:
 
     def check(self, prompts: PromptDataset) -> None:
         """Raises PairtuneError if the function needs a name that is neither a column nor given by pairtune."""
-        for parameter in inspect.signature(self.function).parameters.values():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            if parameter.default is parameter.empty and parameter.name not in (*ARGUMENTS, *prompts.columns):
-                raise PairtuneError(
-                    f"preference function `{self.name}` needs `{parameter.name}`, which is neither a column of the "
-                    f"dataset nor one of {', '.join(ARGUMENTS)}: give it a default, or the dataset that column."
-                )
+        check_preference_function(self.function, self.name, prompts.columns)
 
     def score(
         self,
@@ -70,7 +63,7 @@ class PreferenceSet:
             "trainer_state": trainer_state,
             **{column: [values[p] for p, _, _ in pairs] for column, values in prompts.columns.items()},
         }
-        answers = self._checked(self._call(arguments), arguments["first"])
+        answers = preference_answers(self.function, self.name, arguments)
         probability = torch.tensor(answers).view(len(texts), -1)
         preferences = torch.full((len(texts), num_generations, num_generations), 0.5)
         preferences[:, i, j], preferences[:, j, i] = probability, 1 - probability
@@ -78,43 +71,19 @@ class PreferenceSet:
         reward_mask = counted.any(-1)
         rewards = torch.where(reward_mask, preference_rewards(preferences, self.rule), 0)
         decided = (probability - 0.5).abs()
+        metrics = {
+            "confidence": decided[~decided.isnan()].add(0.5).mean().item(),
+            **getattr(self.function, "metrics", {}),
+        }
         return Scores(
             rewards=rewards,
             raw_rewards=rewards,
             reward_mask=reward_mask,
             by_function={},
-            metrics={f"preferences/{self.name}/confidence": decided[~decided.isnan()].add(0.5).mean().item()},
+            metrics={f"preferences/{self.name}/{name}": value for name, value in metrics.items()},
             extras={},
             preferences=preferences,
         )
-
-    def _call(self, arguments: dict[str, Any]) -> Any:
-        try:
-            answer = call_function(self.function, arguments)
-            return answer.result() if isinstance(answer, Future) else answer
-        except PairtuneError:
-            raise
-        except Exception as error:
-            raise PairtuneError(
-                f"preference function `{self.name}` raised {type(error).__name__} ({first_line(error)}) "
-                f"on {len(arguments['first'])} pairs, the first completion being {shortened(arguments['first'][0])}."
-            ) from error
-
-    def _checked(self, answer: Any, first: Sequence[str]) -> list[float]:
-        values = answer.tolist() if hasattr(answer, "tolist") else answer
-        if not isinstance(values, list | tuple) or len(values) != len(first):
-            found = len(values) if isinstance(values, list | tuple) else shortened(values)
-            raise PairtuneError(
-                f"preference function `{self.name}` returned {found} for {len(first)} pairs: return a list with one "
-                "probability or None for each."
-            )
-        for index, value in enumerate(values):
-            if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
-                raise PairtuneError(
-                    f"preference function `{self.name}` returned {shortened(value)} for pair {index} "
-                    f"({shortened(first[index])} first): return a probability from 0 to 1, or None."
-                )
-        return [math.nan if value is None else float(value) for value in values]
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is carried from step to step."""
@@ -122,6 +91,51 @@ class PreferenceSet:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to put back."""
+
+
+def check_preference_function(function: PreferenceFunction, name: str, columns: Collection[str]) -> None:
+    """Raises PairtuneError if the function needs a name that is neither a column nor given by pairtune."""
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is parameter.empty and parameter.name not in (*ARGUMENTS, *columns):
+            raise PairtuneError(
+                f"preference function `{name}` needs `{parameter.name}`, which is neither a column of the "
+                f"dataset nor one of {', '.join(ARGUMENTS)}: give it a default, or the dataset that column."
+            )
+
+
+def preference_answers(function: PreferenceFunction, name: str, arguments: dict[str, Any]) -> list[float]:
+    """The function's probabilities, one a pair, NaN for None.
+
+    Raises PairtuneError naming the function, and where it can the pair, for an exception, a wrong number of answers
+    and an answer that is no probability.
+    """
+    first = arguments["first"]
+    try:
+        answer = call_function(function, arguments)
+        answer = answer.result() if isinstance(answer, Future) else answer
+    except PairtuneError:
+        raise
+    except Exception as error:
+        raise PairtuneError(
+            f"preference function `{name}` raised {type(error).__name__} ({first_line(error)}) "
+            f"on {len(first)} pairs, the first completion being {shortened(first[0])}."
+        ) from error
+    values = answer.tolist() if hasattr(answer, "tolist") else answer
+    if not isinstance(values, list | tuple) or len(values) != len(first):
+        found = len(values) if isinstance(values, list | tuple) else shortened(values)
+        raise PairtuneError(
+            f"preference function `{name}` returned {found} for {len(first)} pairs: return a list with one "
+            "probability or None for each."
+        )
+    for index, value in enumerate(values):
+        if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+            raise PairtuneError(
+                f"preference function `{name}` returned {shortened(value)} for pair {index} "
+                f"({shortened(first[index])} first): return a probability from 0 to 1, or None."
+            )
+    return [math.nan if value is None else float(value) for value in values]
 
 
 def load_preference_function(name: str) -> PreferenceFunction:

@@ -55,6 +55,11 @@ class Layout:
     shared: bool
     """Whether the K completions of a prompt share its row."""
 
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of all rows: what goes through the decoder in a pass, without the padding."""
+        return int((self.segments >= 0).sum())
+
     def select(self, prompts: Tensor) -> Layout:
         """The layout of some of the prompts, at the same width. prompts: (p,) int64."""
         rows = prompts
@@ -335,6 +340,13 @@ class Scorer:
         if num_top_layers is not None and num_top_layers < len(self.top.layers):
             self.trunk, self.top = split_body(self.top, num_top_layers)
         self.head = causal_lm(model).get_output_embeddings()
+
+    @property
+    def top_share(self) -> float:
+        """The share of the decoder's layers that stand above the trunk; 1 where there is no trunk."""
+        if self.trunk is None:
+            return 1.0
+        return len(self.top.layers) / (len(self.trunk.layers) + len(self.top.layers))
 
     def with_top(self, model: Any) -> Scorer:
         """The scorer of another model whose trunk is this one's: `model` holds a copy of the top layers only."""

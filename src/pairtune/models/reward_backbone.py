@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,33 @@ class RewardBackbone:
     notes: list[str] = field(default_factory=list)
     """What was found out while loading, for the user to read."""
 
-    def rewards(self, layout: Layout) -> Tensor:
-        """(P, K) float32 (float64 where the model is), differentiable by what is trained; meaningless for a completion
-        without tokens."""
-        inputs = {"input_ids": layout.input_ids}
-        if self.trunk is not None:
-            with torch.no_grad():
-                inputs = {"inputs_embeds": run_decoder(self.trunk, layout, inputs)}
-        ends = layout.at_end(run_decoder(self.top, layout, inputs))
-        # The last product in float32, for the sake of bfloat16: pairs are decided by small differences.
-        dtype = torch.promote_types(ends.dtype, torch.float32)
-        return F.linear(ends.to(dtype), self.model.score.weight.to(dtype)).squeeze(-1)
+    @torch.no_grad()
+    def features(self, layout: Layout) -> Tensor | None:
+        """(R, W, H) what the frozen trunk makes of every token; None where there is no trunk."""
+        return None if self.trunk is None else run_decoder(self.trunk, layout, {"input_ids": layout.input_ids})
+
+    def ends(self, layout: Layout, features: Tensor | None = None) -> Tensor:
+        """(P, K, H) float32 (float64 where the model is): the final hidden state at the end of each completion, which
+        the head reads; meaningless for a completion without tokens. `features` of this layout, where they are at hand,
+        spare the trunk."""
+        if features is None:
+            features = self.features(layout)
+        inputs = {"input_ids": layout.input_ids} if features is None else {"inputs_embeds": features}
+        states = layout.at_end(run_decoder(self.top, layout, inputs))
+        # The product with the head is one in float32, for the sake of bfloat16: small differences decide pairs.
+        return states.to(torch.promote_types(states.dtype, torch.float32))
+
+    def rewards(self, layout: Layout, features: Tensor | None = None) -> Tensor:
+        """(P, K) of what `ends` gives, differentiable by what is trained."""
+        ends = self.ends(layout, features)
+        return F.linear(ends, self.model.score.weight.to(ends.dtype)).squeeze(-1)
+
+    @torch.no_grad()
+    def set_head(self, weight: Tensor) -> None:
+        """Put a head (H,) in place of the one that there is."""
+        master = self.masters.masters[self.masters.names.index("score.weight")]
+        master.copy_(weight[None])
+        self.masters.publish()
 
     def save(self, path: str | Path) -> None:
         """Write a folder that `AutoModelForSequenceClassification` and `AutoTokenizer` load; adapters are merged."""
@@ -82,6 +100,60 @@ class RewardBackbone:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
 
+class TrunkCache:
+    """What the frozen trunk makes of the rows of a dataset, computed when a row is first met and kept.
+
+    Fixed weights give fixed hidden states, so that every further pass over the rows costs the trained layers alone. Of
+    the dataset the first rows are kept, as many as fit into `max_bytes` of host memory; the others go through the trunk
+    each time. A kept row goes through it by itself: its states do not depend on the batch that it was first met in,
+    so a resumed run finds the same bits.
+    """
+
+    def __init__(
+        self, backbone: RewardBackbone, layout_of: Callable[[int], Layout], num_tokens: Sequence[int], *, max_bytes: int
+    ) -> None:
+        """`layout_of(row)` lays one row out; `num_tokens` are the real tokens of each row's layout."""
+        self._backbone, self._layout_of = backbone, layout_of
+        self._states: dict[int, list[Tensor]] = {}
+        hidden_size = backbone.model.config.get_text_config().hidden_size
+        token_bytes = hidden_size * torch.empty(0, dtype=backbone.dtype).element_size()
+        totals = [token_bytes * total for total in accumulate(num_tokens)] if backbone.trunk is not None else []
+        self.num_kept = bisect_right(totals, max_bytes)
+        """The rows from 0 to num_kept - 1 are kept."""
+        self.num_bytes = totals[self.num_kept - 1] if self.num_kept else 0
+        """What they take once all of them have been met."""
+
+    def features(self, rows: Sequence[int], layout: Layout) -> Tensor | None:
+        """(R, W, H) of the layout of these rows, 0 at padding of kept rows; None where there is no trunk."""
+        fresh = [place for place, row in enumerate(rows) if row >= self.num_kept]
+        if len(fresh) == len(rows):
+            return self._backbone.features(layout)
+        per_row = len(layout.input_ids) // len(rows)
+        states = [self._row(row) if row < self.num_kept else [] for row in rows]
+        example = next(filter(None, states))[0]
+        features = example.new_zeros(*layout.input_ids.shape, example.shape[-1]).to(layout.input_ids.device)
+        for place, parts in enumerate(states):
+            for number, part in enumerate(parts):
+                features[place * per_row + number, : len(part)] = part.to(features.device)
+        if fresh:
+            prompts = torch.tensor(fresh, device=features.device)
+            computed = self._backbone.features(layout.select(prompts))
+            assert computed is not None
+            features.unflatten(0, (len(rows), per_row))[prompts] = computed.unflatten(0, (len(fresh), per_row))
+        return features
+
+    def _row(self, row: int) -> list[Tensor]:
+        """The states of one row's real tokens, (w, H) for every row of its layout."""
+        if row not in self._states:
+            layout = self._layout_of(row)
+            features = self._backbone.features(layout)
+            assert features is not None
+            real = (layout.segments >= 0).sum(1).tolist()
+            # clone: a slice would keep the padding, and the device's memory, alive
+            self._states[row] = [part[:width].clone().cpu() for part, width in zip(features, real, strict=True)]
+        return self._states[row]
+
+
 def load_reward_backbone(
     name: str | Any,
     *,
@@ -89,6 +161,7 @@ def load_reward_backbone(
     dtype: str = "auto",
     device: str = "auto",
     attn_implementation: str = "sdpa",
+    num_layers: int | None = None,
     trainable_layers: int | None = None,
     lora_r: int | None = None,
     lora_alpha: int = 32,
@@ -102,9 +175,9 @@ def load_reward_backbone(
 
     `name` is what `load_policy` takes, or a reward model (a folder or hub id of a sequence classifier with one label),
     which keeps its head. A model in memory needs its `tokenizer` and is trained in place. The head is drawn from
-    N(0, 1 / (d + 1)) with d the hidden size (Stiennon et al. 2020, arXiv 2009.01325), by `seed`. What is trained, the
-    head apart, is as in `load_policy`. The tokenizer gets a padding token that no text ends with, see
-    `choose_pad_token`; no other id changes its meaning.
+    N(0, 1 / (d + 1)) with d the hidden size (Stiennon et al. 2020, arXiv 2009.01325), by `seed`. With `num_layers` only
+    the first decoder layers are kept, see `keep_first_layers`. What is trained, the head apart, is as in `load_policy`.
+    The tokenizer gets a padding token that no text ends with, see `choose_pad_token`; no other id changes its meaning.
 
     Raises PairtuneError for a model that cannot be loaded or is no decoder.
     """
@@ -130,6 +203,8 @@ def load_reward_backbone(
             raise PairtuneError("model: a model passed in memory needs its tokenizer too; pass tokenizer=....")
         source = disable_dropout(name).to(torch_device).eval()
         torch_dtype = next(source.parameters()).dtype
+    if num_layers is not None:
+        notes.append(keep_first_layers(source, num_layers))
     ends = eos_ids(source, tokenizer)
     model = source if hasattr(source, "score") else with_scalar_head(source, seed=seed)
     notes.append(set_pad_token(model, tokenizer, ends))
@@ -205,6 +280,31 @@ def _load_classifier(name: str, settings: dict[str, Any]) -> Any:
         first = str(error).strip().splitlines()[0]
         raise PairtuneError(f"model: the reward model {name!r} could not be loaded ({first[:200]}).") from error
     return disable_dropout(model).eval()
+
+
+def keep_first_layers(model: Any, num_layers: int) -> str:
+    """Drop all decoder layers but the first `num_layers`, in place; the final norm stays. Returns one sentence on it.
+
+    What tells a good answer from a bad one is easiest to read in the middle of a language model; its last layers turn
+    to the next token. Raises PairtuneError where the model has fewer layers, or keeps them under a name unknown here.
+    """
+    decoder = body(model)
+    name = next((name for name in ("layers", "h") if hasattr(decoder, name)), None)
+    if name is None:
+        raise PairtuneError(
+            f"num_layers: {model.config.model_type!r} keeps its decoder layers under no name that pairtune knows "
+            "(layers, h); leave num_layers out."
+        )
+    layers = getattr(decoder, name)
+    total = len(layers)
+    if num_layers > total:
+        raise PairtuneError(f"num_layers: {num_layers} is out of range, this model has {total} decoder layers.")
+    setattr(decoder, name, layers[:num_layers])
+    config = model.config.get_text_config()
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    return f"the first {num_layers} of {total} decoder layers are kept"
 
 
 def with_scalar_head(language_model: Any, *, seed: int = 0) -> Any:

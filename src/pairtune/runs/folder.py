@@ -50,10 +50,19 @@ LOCK = ".pairtune-lock"
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         # where a run ends, what it keeps and whom it tells
-        *("max_steps", "max_minutes", "save_steps", "keep_last", "eval_steps", "report_to", "num_completions_to_log"),
+        *(
+            "max_steps",
+            "max_minutes",
+            "max_generated_tokens",
+            "save_steps",
+            "keep_last",
+            "eval_steps",
+            "report_to",
+            "num_completions_to_log",
+        ),
         *("num_epochs", "num_eval_examples", "output_dir", "resume", "overwrite"),
         # the same mathematics, cut another way: who ran out of memory may go on with a smaller cut
-        *("micro_batch_size", "reward_batch_size", "gradient_checkpointing", "num_threads"),
+        *("micro_batch_size", "reward_batch_size", "gradient_checkpointing", "num_threads", "activation_cache_gb"),
     }
 )
 
@@ -102,6 +111,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Releases the lock; the end of the process, however it comes, does so too."""
+        self._lock.truncate(0)  # nobody writes any more; a folder that nothing was done in stays as it was
         self._lock.close()
 
     def __enter__(self) -> RunFolder:
@@ -137,6 +147,28 @@ def create(output_dir: str | Path, config_yaml: str, *, overwrite: bool = False,
         tidy(path)
         resumed = (path / CONFIG).exists()
         write_atomic(path / CONFIG, config_yaml)
+    except BaseException:
+        lock.close()
+        raise
+    return RunFolder(path, lock, resumed)
+
+
+def hold(path: str | Path, config_yaml: str) -> RunFolder:
+    """Makes and locks a folder that holds runs in folders of their own, and writes its configuration where that is
+    another one. Raises PairtuneError if it cannot be made or another process holds it."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except OSError as error:
+        raise PairtuneError(
+            f"output_dir {path} could not be made ({error.strerror}); choose another --output_dir"
+        ) from error
+    try:
+        tidy(path)
+        resumed = (path / CONFIG).exists()
+        if not resumed or (path / CONFIG).read_text("utf-8") != config_yaml:
+            write_atomic(path / CONFIG, config_yaml)
     except BaseException:
         lock.close()
         raise

@@ -24,6 +24,7 @@ from pairtune.feedback.comparisons import (
 )
 from pairtune.feedback.reward_model import SHIFT
 from pairtune.maths.calibration import PairEvaluation
+from pairtune.maths.linear_reward import fit_linear_reward
 from pairtune.maths.masking import masked_mean
 from pairtune.maths.reward_learning import (
     bradley_terry_loss,
@@ -32,16 +33,18 @@ from pairtune.maths.reward_learning import (
     plackett_luce_loss,
 )
 from pairtune.models.loading import load_tokenizer
-from pairtune.models.logprobs import make_layout
-from pairtune.models.reward_backbone import RewardBackbone, load_reward_backbone
-from pairtune.runs import distributed, folder
+from pairtune.models.logprobs import Layout, make_layout
+from pairtune.models.reward_backbone import RewardBackbone, TrunkCache, load_reward_backbone
+from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
 from pairtune.runs.metrics import read_jsonl
 from pairtune.stages.optimization import TrainResult
-from pairtune.stages.supervised import TaskLoss, num_updates, prepare_run, train_supervised
+from pairtune.stages.supervised import TaskLoss, num_updates, prepare_run, train_supervised, updates_per_epoch
 
 EVALUATION_BATCH = 16
 """Held-out rows of a forward pass."""
+FIT_ROWS = 4096
+"""Training rows that a head is fitted to, at most."""
 SHIFT_ROWS = 512
 """Training rows whose best completion the mean of `reward.normalise_mean` is taken over."""
 
@@ -93,6 +96,7 @@ def reward(
                 dtype=folder.compute_dtype(run_dir, config.dtype, resume=config.resume),
                 device=device,
                 attn_implementation=config.attn_implementation,
+                num_layers=config.num_layers,
                 trainable_layers=config.trainable_layers,
                 lora_r=config.lora_r,
                 lora_alpha=config.lora_alpha,
@@ -105,8 +109,20 @@ def reward(
         for note in backbone.notes:
             display.message(note)
         task = RewardTask(
-            backbone, train_data, held_out, config=config.reward, num_eval_examples=config.num_eval_examples
+            backbone,
+            train_data,
+            held_out,
+            config=config.reward,
+            num_eval_examples=config.num_eval_examples,
+            cache_bytes=int(config.activation_cache_gb * 2**30),
+            num_epochs=num_steps / updates_per_epoch(config, len(train_data)) + config.reward.fit_head,
         )
+        for note in task.notes:
+            display.message(note)
+        # A run that goes on has its head from the checkpoint.
+        if config.reward.fit_head and not (config.resume and checkpoint.latest(run_dir)):
+            with display.phase("fitting the head", min(task.num_rows, FIT_ROWS)) as advance:
+                display.message(task.fit_head(advance=advance))
         result = train_supervised(config, task, run_dir, display, stack)
         if task.report is not None and result.finished:
             display.show(report_table(task.report))
@@ -128,7 +144,11 @@ class RewardTask:
         *,
         config: RewardLearningConfig | None = None,
         num_eval_examples: int | None = None,
+        cache_bytes: int = 0,
+        num_epochs: float = math.inf,
     ) -> None:
+        """`cache_bytes`: memory for what frozen lower layers make of rows that are met more than once; the training
+        rows are, where `num_epochs` is above 1, and come first."""
         self.model, self.tokenizer, self.masters = backbone.model, backbone.tokenizer, backbone.masters
         self.device, self.dtype = backbone.device, backbone.dtype
         self.backbone = backbone
@@ -143,6 +163,20 @@ class RewardTask:
         self.num_eval_rows = min(num_held_out, num_eval_examples or num_held_out)
         for comparisons in filter(None, (train_data, held_out)):
             self._check_context(comparisons)
+        self.notes: list[str] = []
+        """What was decided, for the user to read."""
+        self._caches: dict[int, TrunkCache] = {}
+        read_again = {id(train_data): (train_data, self.num_rows)} if num_epochs > 1 else {}
+        if held_out is not None:
+            read_again.setdefault(id(held_out), (held_out, self.num_eval_rows))
+        for key, (comparisons, num_rows) in read_again.items():
+            left = cache_bytes - sum(cache.num_bytes for cache in self._caches.values())
+            self._caches[key] = self._cache(comparisons, num_rows, left)
+        if kept := sum(cache.num_kept for cache in self._caches.values()):
+            size = sum(cache.num_bytes for cache in self._caches.values()) / 2**30
+            self.notes.append(
+                f"the frozen layers meet {kept} rows once: what they make of them is kept, {size:.2g} GiB"
+            )
 
     def length(self, row: int) -> int:
         return _num_tokens(self._train_data, row)
@@ -169,6 +203,48 @@ class RewardTask:
         }
         return TaskLoss(losses.sum(), metrics, num_tokens)
 
+    @torch.no_grad()
+    def fit_head(
+        self, rows: Sequence[int] | None = None, *, advance: Callable[[float], None] = lambda rows: None
+    ) -> str:
+        """Put the head in place that is most likely on the model as it stands, with a penalty chosen by
+        cross-validation over prompts; `rows` are the first FIT_ROWS of the training rows unless given. Returns one
+        sentence on it.
+
+        A head drawn at random gives every completion a reward of its own that fine-tuning must first unlearn, and its
+        gradients disturb the layers below meanwhile (Kumar et al. 2022, arXiv 2202.10054).
+        """
+        rows = range(min(self.num_rows, FIT_ROWS)) if rows is None else rows
+        features, mask = self.ends(rows, advance=advance)
+        keys = [tuple(self._train_data.data.prompt_dataset.token_ids[row]) for row in rows]
+        number = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+
+        def loss(rewards: Tensor, places: Tensor) -> Tensor:
+            return self._losses(rewards, mask[places], [rows[place] for place in places.tolist()])
+
+        fitted = fit_linear_reward(features, loss, groups=torch.tensor([number[key] for key in keys]))
+        self.backbone.set_head(fitted.weight)
+        of_others = "" if math.isnan(fitted.loss) else f"; loss {fitted.loss:.3f} on rows that it was not fitted to"
+        return f"the head was fitted to {len(rows)} rows, penalty {fitted.penalty:.2g}{of_others}"
+
+    @torch.no_grad()
+    def ends(
+        self, rows: Sequence[int], *, advance: Callable[[float], None] = lambda rows: None
+    ) -> tuple[Tensor, Tensor]:
+        """What the head reads of training rows, (N, K, H) float32 on the CPU, and which of the completions there are,
+        (N, K)."""
+        features: list[Tensor] = [torch.empty(0)] * len(rows)
+        masks = list(features)
+        by_length = sorted(range(len(rows)), key=lambda place: self.length(rows[place]))
+        for start in range(0, len(rows), EVALUATION_BATCH):
+            places = by_length[start : start + EVALUATION_BATCH]
+            layout, cached, mask = self._inputs(self._train_data, [rows[place] for place in places])
+            states = self.backbone.ends(layout, cached).masked_fill(~mask[..., None], 0.0)
+            for place, state, real in zip(places, states.cpu(), mask.cpu(), strict=True):
+                features[place], masks[place] = state, real
+            advance(len(places))
+        return torch.stack(features), torch.stack(masks)
+
     def _losses(self, rewards: Tensor, mask: Tensor, rows: Sequence[int]) -> Tensor:
         """(P, K) -> (P,): what the configuration makes of the labels of these rows."""
         data = self._train_data
@@ -192,30 +268,64 @@ class RewardTask:
 
     def _rewards(self, comparisons: Comparisons, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
         """Rewards (P, K), which of them there are (P, K), and how many tokens the model has read."""
+        layout, features, mask = self._inputs(comparisons, rows)
+        return self.backbone.rewards(layout, features), mask, int((layout.segments >= 0).sum())
+
+    def _inputs(self, comparisons: Comparisons, rows: Sequence[int]) -> tuple[Layout, Tensor | None, Tensor]:
+        """What the model reads of rows, what its frozen layers are known to make of it, and which completions there
+        are (P, K)."""
         batch = comparisons.closed.batch(rows, device=self.device)
         layout = make_layout(batch.completions, shared=self.backbone.shared)
-        return self.backbone.rewards(layout), batch.reward_mask, int((layout.segments >= 0).sum())
+        cache = self._caches.get(id(comparisons))
+        return layout, None if cache is None else cache.features(rows, layout), batch.reward_mask
+
+    def _cache(self, comparisons: Comparisons, num_rows: int, max_bytes: int) -> TrunkCache:
+        """Of the first `num_rows` rows."""
+        data, shared = comparisons.closed, self.backbone.shared
+
+        def layout_of(row: int) -> Layout:
+            return make_layout(data.batch([row], device=self.device).completions, shared=shared)
+
+        prompts_read = 1 if shared else data.num_completions
+        num_tokens = [
+            prompts_read * len(data.prompt_dataset.token_ids[row]) + sum(len(one.ids) for one in data.completions[row])
+            for row in range(num_rows)
+        ]
+        return TrunkCache(self.backbone, layout_of, num_tokens, max_bytes=max_bytes)
 
     def evaluate(self, advance: Callable[[float], None]) -> dict[str, Any]:
         """`accuracy`, `log_likelihood`, `temperature` and more, as `evaluation_line` has them."""
         assert self._held_out is not None
         held_out = self._held_out
-        rewards = torch.full((self.num_eval_rows, held_out.data.num_completions), math.nan, dtype=torch.float64)
-        by_length = sorted(range(self.num_eval_rows), key=lambda row: _num_tokens(held_out, row))
-        for start in range(0, self.num_eval_rows, EVALUATION_BATCH):
-            rows = by_length[start : start + EVALUATION_BATCH]
-            scores, mask, _ = self._rewards(held_out, rows)
+        rewards = self.score(held_out, range(self.num_eval_rows), advance=advance)
+        self.report = evaluate_comparisons(held_out, rewards)
+        given = rewards[rewards.isfinite()]
+        self.reward_std = given.std(correction=0).item()
+        return {**evaluation_line(self.report), "reward_mean": given.mean().item(), "reward_std": self.reward_std}
+
+    @torch.no_grad()
+    def score(
+        self,
+        comparisons: Comparisons,
+        rows: Sequence[int],
+        *,
+        advance: Callable[[float], None] = lambda rows: None,
+    ) -> Tensor:
+        """(n, K) float64 of the named rows, NaN where a row has no such completion. Raises PairtuneError for a reward
+        that is not finite."""
+        rewards = torch.full((len(rows), comparisons.data.num_completions), math.nan, dtype=torch.float64)
+        by_length = sorted(range(len(rows)), key=lambda place: _num_tokens(comparisons, rows[place]))
+        for start in range(0, len(rows), EVALUATION_BATCH):
+            places = by_length[start : start + EVALUATION_BATCH]
+            scores, mask, _ = self._rewards(comparisons, [rows[place] for place in places])
             if not torch.isfinite(scores[mask]).all():
                 raise PairtuneError(
                     "the reward model gives rewards that are not finite; lower learning_rate and start again, or check "
                     "the weights of the model that it started from."
                 )
-            rewards[rows] = scores.double().masked_fill(~mask, math.nan).cpu()
-            advance(len(rows))
-        self.report = evaluate_comparisons(held_out, rewards)
-        given = rewards[rewards.isfinite()]
-        self.reward_std = given.std(correction=0).item()
-        return {**evaluation_line(self.report), "reward_mean": given.mean().item(), "reward_std": self.reward_std}
+            rewards[places] = scores.double().masked_fill(~mask, math.nan).cpu()
+            advance(len(places))
+        return rewards
 
     def save_model(self, path: Path) -> None:
         if self._config.normalise_mean:

@@ -4,6 +4,7 @@ events."""
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import time
 import warnings
@@ -33,13 +34,16 @@ from pairtune.experience import (
     from_tensors,
     minibatch_share,
 )
+from pairtune.feedback.judges import judged_preference
+from pairtune.feedback.noise import NoisyRewards
 from pairtune.feedback.preferences import PreferenceSet, load_preference_function
 from pairtune.feedback.rewards import RewardSet, load_rewards
 from pairtune.maths.advantages import MovingAverage
 from pairtune.maths.masking import masked_mean, masked_sum
 from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
-from pairtune.models.logprobs import Scores
+from pairtune.models.logprobs import Scores, body
 from pairtune.models.sampler import HFSampler
+from pairtune.models.values import ValueNetwork
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
 from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
@@ -53,6 +57,17 @@ from pairtune.stages.optimization import (
     state_tensors,
 )
 from pairtune.types import Experience, LossOutput
+
+BUDGET = (
+    "num_completions",
+    "num_generated_tokens",
+    "num_reward_calls",
+    "num_updates",
+    "num_forward_tokens",
+    "num_backward_tokens",
+)
+"""What a run has cost so far: metrics of every step, counted since the run's beginning and over all processes.
+Evaluations are not in them."""
 
 
 def train(
@@ -150,19 +165,21 @@ def _load_feedback(
     eval_prompts: PromptDataset | None,
     reward_funcs: Sequence[Callable[..., Any] | str] | None,
     preference_func: Callable[..., Any] | None,
-) -> tuple[RewardSet | PreferenceSet | None, RewardSet | None]:
+) -> tuple[RewardSet | NoisyRewards | PreferenceSet | None, RewardSet | None]:
     """(what training learns from, what judges the held-out completions), checked against the prompts.
 
     Most often they are one. A dataset of completions says itself what is good, and a preference function says nothing
     of a completion alone: reward functions then judge the held-out completions only, and may be missing.
     """
-    if preference_func is None and config.preference_func is not None:
+    if preference_func is None and config.preference_func == "judge" and isinstance(train_data, PromptDataset):
+        preference_func = judged_preference(config, train_data)
+    elif preference_func is None and config.preference_func is not None:
         preference_func = load_preference_function(config.preference_func)
     if isinstance(train_data, PromptDataset) and preference_func is None:
         rewards = load_rewards(config, tokenizer, train_data, reward_funcs)
         if eval_prompts is not None:
             rewards.check(eval_prompts)
-        return rewards, rewards
+        return NoisyRewards(rewards, config.reward_noise, config.seed) if config.reward_noise else rewards, rewards
     preferences = None
     if isinstance(train_data, PromptDataset) and preference_func is not None:
         preferences = PreferenceSet(preference_func, rule=config.preference_rewards)
@@ -185,7 +202,7 @@ def _check_shares(config: TrainConfig) -> None:
 def _loop(
     config: TrainConfig,
     policy: LoadedPolicy,
-    feedback: RewardSet | PreferenceSet | None,
+    feedback: RewardSet | NoisyRewards | PreferenceSet | None,
     rewards: RewardSet | None,
     train_data: PromptDataset | OfflineDataset,
     eval_prompts: PromptDataset | None,
@@ -251,10 +268,15 @@ def _loop(
 
     if progress.step == 0:
         evaluate()
+
+    def is_spent() -> bool:
+        limit = config.max_generated_tokens
+        return progress.step >= config.max_steps or (limit is not None and progress.num_generated_tokens >= limit)
+
     saved_step = progress.step
-    while not should_stop() and progress.step < config.max_steps:
+    while not should_stop() and not is_spent():
         step_start = time.perf_counter()
-        progress.updates_in_step = 0
+        progress.updates_in_step, progress.forward_in_step, progress.backward_in_step = 0, 0.0, 0.0
 
         # Collect: prompts -> completions -> rewards -> reference log-probabilities.
         rows = train_data.step_rows(config.seed, progress.step, config.batch_size)
@@ -282,6 +304,8 @@ def _loop(
                 phase=phase,
             )
 
+        progress.forward_in_step += collected.forward_tokens
+
         # Update: several passes over the batch, then over earlier ones.
         experience, update_metrics = _update(config, algorithm, policy, optimizer, collected, progress, phase)
         update_metrics |= _update_again(config, algorithm, policy, optimizer, replay, progress, phase)
@@ -303,7 +327,7 @@ def _loop(
             log.log_step(progress.step, metrics)
             log.log_samples(_training_samples(config, train_data, rows, collected, progress.step))
         display.step(progress.step, metrics)
-        if progress.step < config.max_steps:
+        if not is_spent():
             if config.eval_steps and progress.step % config.eval_steps == 0:
                 evaluate()
             if config.save_steps and progress.step % config.save_steps == 0:
@@ -318,9 +342,13 @@ def _loop(
         )
     else:
         if progress.step < config.max_steps:
-            display.message(
-                f"stopping after step {progress.step}: the next would pass max_minutes {config.max_minutes:g}"
+            reached = (
+                f"{progress.num_generated_tokens} tokens generated, max_generated_tokens is "
+                f"{config.max_generated_tokens}"
+                if is_spent()
+                else f"the next would pass max_minutes {config.max_minutes:g}"
             )
+            display.message(f"stopping after step {progress.step}: {reached}")
         if progress.evaluated_step < progress.step:
             evaluate()
             save()
@@ -391,6 +419,7 @@ def _update(
                 gradient_norms.append(_apply_gradients(config, policy, optimizer, progress))
         passes.append(totals)
     policy.model.eval()
+    _count_passes(config, policy, collected, progress, old_pass=is_fresh and not yields_old)
 
     everywhere = [totals.over_processes() for totals in passes]
     for number, totals in enumerate(everywhere, 1):
@@ -420,6 +449,25 @@ def _update_again(
         for name in metrics.keys() - {"learning_rate"}:
             columns.setdefault(f"replay/{name}", []).append(metrics[name])
     return {name: statistics.fmean(columns[name]) for name in sorted(columns) if "/pass_" not in name}
+
+
+def _count_passes(
+    config: TrainConfig, policy: LoadedPolicy, collected: Collected, progress: Progress, *, old_pass: bool
+) -> None:
+    """Tokens through decoders, forward and backward, in `num_iterations` passes over a batch and the pass for its old
+    log-probabilities. Padding does not count, and a token that passes part of the layers counts for that part."""
+    scorer = policy.scorer
+    forward = scorer.top_share
+    # Below the layers that are trained no gradient flows, whether or not they were split off as a trunk.
+    decoder = body(policy.model)
+    layers = getattr(decoder, "layers", getattr(decoder, "h", ()))
+    backward = 1.0 if config.trainable_layers is None else config.trainable_layers / len(layers)
+    if isinstance(policy.value, ValueNetwork):
+        forward, backward = forward + 1, backward + 1
+    recomputed = backward if config.gradient_checkpointing else 0.0
+    tokens = collected.layout.num_tokens
+    progress.forward_in_step += tokens * (config.num_iterations * (forward + recomputed) + (forward if old_pass else 0))
+    progress.backward_in_step += tokens * config.num_iterations * backward
 
 
 def _scores(
@@ -543,6 +591,7 @@ def _step_metrics(config: TrainConfig, experience: Experience, progress: Progres
     group_mean = masked_mean(rewards, counts, -1)
     group_std = masked_mean((rewards - group_mean[:, None]) ** 2, counts, -1).sqrt()
     progress.num_tokens += int(lengths.sum() + _of_all_processes(completions.prompt_mask.sum(1)).sum())
+    _count(config, experience, progress, num_completions=int(real.sum()), num_generated=int(lengths.sum()))
     metrics = {
         "reward": masked_mean(rewards, counts).item(),
         "reward_std": group_std.mean().item(),
@@ -557,7 +606,23 @@ def _step_metrics(config: TrainConfig, experience: Experience, progress: Progres
         "completions/mean_terminated_length": masked_mean(lengths, ~truncated & real).item(),
         "completions/clipped_ratio": masked_mean(truncated.float(), real).item(),
         "num_tokens": float(progress.num_tokens),
+        **{name: float(getattr(progress, name)) for name in BUDGET},
     }
+
+
+def _count(
+    config: TrainConfig, experience: Experience, progress: Progress, *, num_completions: int, num_generated: int
+) -> None:
+    """Adds what a step has cost, over all processes, to what the run has cost so far. Evaluations are not counted."""
+    passed = _of_all_processes(torch.tensor([[progress.forward_in_step, progress.backward_in_step]])).sum(0).tolist()
+    progress.num_forward_tokens += passed[0]
+    progress.num_backward_tokens += passed[1]
+    progress.num_completions += num_completions
+    if not config.offline:
+        progress.num_generated_tokens += num_generated
+        num_prompts, num_generations = config.batch_size, config.num_generations
+        pairs = experience.preferences is not None
+        progress.num_reward_calls += num_prompts * (math.comb(num_generations, 2) if pairs else num_generations)
 
 
 def _sampling_metrics(experience: Experience) -> dict[str, float]:
@@ -618,10 +683,23 @@ class Progress:
     step: int = 0
     num_updates: int = 0
     num_tokens: int = 0
-    """Prompt and completion tokens seen, over all processes."""
+    """Prompt and completion tokens seen, over all processes; so are the five below."""
+    num_completions: int = 0
+    """Completions learned from, each once: sampled, or read from a dataset."""
+    num_generated_tokens: int = 0
+    """Completion tokens sampled."""
+    num_reward_calls: int = 0
+    """Completions that were judged, or pairs where a preference function judges."""
+    num_forward_tokens: float = 0.0
+    """Real tokens through the decoders of policy, reference and value network: sampling, scoring and updating."""
+    num_backward_tokens: float = 0.0
+    """Real tokens through them backward."""
     seconds: float = 0.0
     """Training time so far, over all resumes."""
     updates_in_step: int = 0
+    forward_in_step: float = 0.0
+    """Of this process alone, as the next."""
+    backward_in_step: float = 0.0
     evaluated_step: int = -1
     """The last step whose policy was evaluated on the held-out prompts."""
     method: MethodState = field(default_factory=lambda: MethodState(beta=0.0))
@@ -632,7 +710,7 @@ def _save(
     run_dir: Path,
     policy: LoadedPolicy,
     optimizer: torch.optim.Optimizer,
-    feedback: RewardSet | PreferenceSet | None,
+    feedback: RewardSet | NoisyRewards | PreferenceSet | None,
     progress: Progress,
     replays: list[dict[str, Tensor]],
 ) -> None:
@@ -665,7 +743,7 @@ def _restore(
     run_dir: Path,
     policy: LoadedPolicy,
     optimizer: torch.optim.Optimizer,
-    feedback: RewardSet | PreferenceSet | None,
+    feedback: RewardSet | NoisyRewards | PreferenceSet | None,
 ) -> tuple[Progress, deque[Collected]]:
     """Where the run stands, and the batches that it learns from again: at its newest checkpoint when resuming, else at
     the start."""

@@ -80,10 +80,15 @@ def sft(
                 revision=config.model_revision,
                 trust_remote_code=config.trust_remote_code,
             )
-        task = SFTTask(policy, train_data, held_out, num_eval_examples=config.num_eval_examples)
+        task = SFTTask(policy, train_data, held_out, num_eval_examples=config.num_eval_examples, packing=config.packing)
         for note in policy.notes:
             display.message(note)
-        return train_supervised(config, task, run_dir, display, stack, derived=_with_perplexity)
+        if config.packing and not task.packing:
+            display.message(
+                "no packing: this architecture does not let examples share a row unseen by each other, so each has a "
+                "row of its own beside others of like length"
+            )
+        return train_supervised(config, task, run_dir, display, stack, derived=_with_perplexity, pack=task.pack)
 
 
 class SFTTask:
@@ -96,10 +101,13 @@ class SFTTask:
         held_out: ExampleDataset | None = None,
         *,
         num_eval_examples: int | None = None,
+        packing: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.masters = policy.model, policy.tokenizer, policy.masters
         self.device, self.dtype = policy.device, policy.dtype
         self._scorer = policy.scorer
+        self.packing = packing and policy.scorer.shared
+        """Whether examples share rows: what lets completions share their prompt's row lets examples, too."""
         self._examples = train_data.examples
         self._held_out = [] if held_out is None else held_out.examples[:num_eval_examples]
         self.num_rows, self.num_eval_rows = len(self._examples), len(self._held_out)
@@ -112,10 +120,20 @@ class SFTTask:
     def counted(self, rows: Sequence[int]) -> int:
         return sum(len(self._examples[row].learned) for row in rows)
 
-    def loss(self, rows: Sequence[int]) -> TaskLoss:
-        examples = [self._examples[row] for row in rows]
-        logprobs, _ = self._scorer.logprobs(example_layout(examples, self.device))
-        return TaskLoss(-logprobs.sum(), {}, sum(len(example.ids) - 1 for example in examples))
+    def pack(self, rows: Sequence[int]) -> list[list[int]]:
+        """Which examples share a row of a forward pass, the fullest rows first. None is longer than the longest
+        example: attention costs the square of a row's length."""
+        if not self.packing:
+            return [[row] for row in rows]
+        lengths = [_num_inputs(self._examples[row]) for row in rows]
+        return [[rows[place] for place in bin] for bin in best_fit(lengths, max(lengths, default=0))]
+
+    def loss(self, rows: Sequence[Sequence[int]]) -> TaskLoss:
+        """Of rows as `pack` makes them."""
+        layout = example_layout([[self._examples[row] for row in together] for together in rows], self.device)
+        logprobs, _ = self._scorer.logprobs(layout)
+        num_tokens, room = layout.num_tokens, layout.segments.numel()
+        return TaskLoss(-logprobs.sum(), {"padding": (room - num_tokens, room)}, num_tokens)
 
     def evaluate(self, advance: Callable[[float], None]) -> dict[str, Any]:
         """`loss`, nats a token, and `perplexity`, each with its interval over the held-out examples."""
@@ -123,10 +141,15 @@ class SFTTask:
         nats = torch.zeros(self.num_eval_rows, dtype=torch.float64)
         for start in range(0, self.num_eval_rows, EVALUATION_BATCH):
             rows = by_length[start : start + EVALUATION_BATCH]
-            layout = example_layout([self._held_out[row] for row in rows], self.device)
+            layout = example_layout([[self._held_out[row]] for row in rows], self.device)
             logprobs, _ = self._scorer.logprobs(layout)
             nats[rows] = -logprobs.double().sum((1, 2)).cpu()
             advance(len(rows))
+        if not nats.isfinite().all():
+            raise PairtuneError(
+                "the model gives log-probabilities that are not finite; lower learning_rate and start again, or check "
+                "the weights of the model that it started from."
+            )
         num_tokens = torch.tensor([len(example.learned) for example in self._held_out])
         loss = bootstrap_ratio(nats, num_tokens)
         return {
@@ -141,24 +164,30 @@ class SFTTask:
         self.tokenizer.save_pretrained(path)
 
 
-def example_layout(examples: Sequence[Example], device: torch.device | str = "cpu") -> Layout:
-    """A row for each example, right-padded; P = R examples, K = 1, T the most tokens that one of them learns.
+def example_layout(rows: Sequence[Sequence[Example]], device: torch.device | str = "cpu") -> Layout:
+    """The examples of each row one behind the other, blind to each other, positions restarted, right-padded; P = R
+    rows, K the most examples of one row, T the most tokens that one example learns.
 
-    One example a row, so that every architecture can take it; the loop puts rows of like length together. The last
-    token of an example is only ever predicted, so no row holds it.
+    Where no row has more than one, the layout is plain, so that every architecture can take it. The last token of an
+    example is only ever predicted, so no row holds it.
     """
-    width = max(len(example.ids) for example in examples) - 1
-    num_learned = max(len(example.learned) for example in examples)
-    ids, positions = torch.zeros((2, len(examples), width), dtype=torch.int64)
-    segments = torch.full((len(examples), width), -1)
-    source, targets = torch.zeros((2, len(examples), 1, num_learned), dtype=torch.int64)
-    mask = torch.zeros((len(examples), 1, num_learned), dtype=torch.bool)
-    for row, example in enumerate(examples):
-        tokens, learned = torch.tensor(example.ids), torch.tensor(example.learned)
-        length = len(tokens) - 1
-        ids[row, :length], positions[row, :length], segments[row, :length] = tokens[:-1], torch.arange(length), 0
-        source[row, 0, : len(learned)], targets[row, 0, : len(learned)] = learned - 1, tokens[learned]
-        mask[row, 0, : len(learned)] = True
+    width = max(sum(map(_num_inputs, examples)) for examples in rows)
+    num_learned = max(len(example.learned) for examples in rows for example in examples)
+    shape = len(rows), max(map(len, rows)), num_learned
+    ids, positions = torch.zeros((2, len(rows), width), dtype=torch.int64)
+    segments = torch.full((len(rows), width), -1)
+    source, targets = torch.zeros((2, *shape), dtype=torch.int64)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    for row, examples in enumerate(rows):
+        start = 0
+        for k, example in enumerate(examples):
+            tokens, learned = torch.tensor(example.ids), torch.tensor(example.learned)
+            here, learns = slice(start, start + _num_inputs(example)), slice(len(learned))
+            ids[row, here], positions[row, here] = tokens[:-1], torch.arange(len(tokens) - 1)
+            segments[row, here] = k + 1
+            source[row, k, learns], targets[row, k, learns] = start + learned - 1, tokens[learned]
+            mask[row, k, learns] = True
+            start = here.stop
     return Layout(
         input_ids=ids.to(device),
         position_ids=positions.to(device),
@@ -166,8 +195,34 @@ def example_layout(examples: Sequence[Example], device: torch.device | str = "cp
         source=source.to(device),
         targets=targets.to(device),
         mask=mask.to(device),
-        shared=False,
+        shared=shape[1] > 1,
     )
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """The places of `lengths` in as few bins as the best-fit decreasing rule takes, the fullest first.
+
+    Each goes, the longest first, into the fullest bin that has room for it; at most 11/9 of the fewest bins possible,
+    and one (Johnson 1973). TRL's `bfd` is the same rule. No length may exceed the capacity.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        fitting = [bin for bin, left in enumerate(room) if left >= lengths[place]]
+        if fitting:
+            chosen = min(fitting, key=room.__getitem__)
+        else:
+            chosen = len(bins)
+            bins.append([])
+            room.append(capacity)
+        bins[chosen].append(place)
+        room[chosen] -= lengths[place]
+    return [bins[bin] for bin in sorted(range(len(bins)), key=room.__getitem__)]
+
+
+def _num_inputs(example: Example) -> int:
+    """Tokens of an example that the model reads."""
+    return len(example.ids) - 1
 
 
 def _check_context(model: Any, dataset: ExampleDataset) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pairtune.config import VERB_OF, SupervisedWords, config_to_yaml, supervised_warnings
 from pairtune.data import shard
+from pairtune.errors import PairtuneError
 from pairtune.models.loading import MasterWeights
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
@@ -67,8 +68,9 @@ class SupervisedTask(Protocol):
     def counted(self, rows: Sequence[int]) -> int:
         """Elements of the loss in these rows (tokens, pairs, ...), known before any pass: the update's denominator."""
 
-    def loss(self, rows: Sequence[int]) -> TaskLoss:
-        """One micro-batch, forward only; the loop divides by the update's `counted` and goes backward."""
+    def loss(self, rows: Sequence[Any]) -> TaskLoss:
+        """One micro-batch, forward only; the loop divides by the update's `counted` and goes backward. Numbers of
+        training rows, or what the task's `pack` makes of them."""
 
     def evaluate(self, advance: Callable[[float], None]) -> dict[str, Any]:
         """A line of evaluations.jsonl without its step: bare numbers, and {"mean", "low", "high"} for what has an
@@ -120,11 +122,17 @@ def update_rows(config: SupervisedWords, num_rows: int, step: int) -> list[int]:
     return shard(order, place, updates_per_epoch(config, num_rows))
 
 
-def micro_batches(config: SupervisedWords, task: SupervisedTask, rows: Sequence[int]) -> list[list[int]]:
+Pack = Callable[[list[int]], list[Any]]
+"""Rows of an update, the longest first, to rows of a forward pass: the same, or lists of those that share one."""
+
+
+def micro_batches(
+    config: SupervisedWords, task: SupervisedTask, rows: Sequence[int], pack: Pack = list
+) -> list[list[Any]]:
     """This process's share of an update's rows, cut into micro-batches of rows of like length, the longest first: who
     runs out of memory does so at once."""
     by_length = sorted(rows, key=lambda row: (-task.length(row), row))
-    mine = by_length[distributed.rank() :: distributed.world_size()]
+    mine = pack(by_length[distributed.rank() :: distributed.world_size()])
     size = config.micro_batch_size or max(1, len(mine))
     return [mine[start : start + size] for start in range(0, len(mine), size)]
 
@@ -154,12 +162,14 @@ def train_supervised(
     stack: contextlib.ExitStack,
     *,
     derived: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: {},
+    pack: Pack = list,
 ) -> TrainResult:
     """Update, log, evaluate, save: step after step. A step is one optimizer update.
 
     Makes and locks the run folder, and writes it as `pairtune train` does. `stack` closes what is opened here;
-    `derived` adds to a step's metrics what is computed from their means. Raises PairtuneError where the folder is
-    refused, where a gradient is not finite, and for whatever the task raises.
+    `derived` adds to a step's metrics what is computed from their means; `pack` says which rows share one of a forward
+    pass. Raises PairtuneError where the folder is
+    refused, where a gradient or a loss is not finite, and for whatever the task raises.
     """
     is_main = distributed.is_main()
     if is_main:
@@ -231,7 +241,7 @@ def train_supervised(
         rows = update_rows(config, task.num_rows, progress.step)
 
         with phase("update", "updating", len(rows)) as advance:
-            totals = _accumulate_gradients(config, task, rows, advance)
+            totals = _accumulate_gradients(config, task, rows, pack, advance)
             norm = apply_gradients(
                 task.masters,
                 optimizer,
@@ -239,6 +249,11 @@ def train_supervised(
                 max_grad_norm=config.max_grad_norm,
                 step=progress.step + 1,
                 mend="lower learning_rate",
+            )
+        if not math.isfinite(totals.metrics["loss"]):
+            raise PairtuneError(
+                f"the loss of step {progress.step + 1} is not finite, though its gradient is; look for margins of "
+                "enormous size in the dataset, or lower learning_rate."
             )
 
         # Log, evaluate, save, in this order: a checkpoint vouches for every line before it.
@@ -298,7 +313,7 @@ class _Totals:
 
 
 def _accumulate_gradients(
-    config: SupervisedWords, task: SupervisedTask, rows: Sequence[int], advance: Callable[[float], None]
+    config: SupervisedWords, task: SupervisedTask, rows: Sequence[int], pack: Pack, advance: Callable[[float], None]
 ) -> _Totals:
     """The gradient of one update's mean loss, on the masters of this process; what is left is the sum over
     processes."""
@@ -308,14 +323,15 @@ def _accumulate_gradients(
     sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     num_tokens = 0
     task.model.train(config.gradient_checkpointing)
-    for micro_batch in micro_batches(config, task, rows):
+    cut = micro_batches(config, task, rows, pack)
+    for micro_batch in cut:
         output = task.loss(micro_batch)
         (output.total / denominator).backward()
         for name, (total, count) in (output.metrics | {"loss": (output.total.item(), 0)}).items():
             sums[name][0] += total
             sums[name][1] += count
         num_tokens += output.num_tokens
-        advance(len(micro_batch) * distributed.world_size())
+        advance(len(rows) / len(cut))
     task.model.eval()
 
     parts = distributed.gather_objects([dict(sums), num_tokens])
