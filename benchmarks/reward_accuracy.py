@@ -52,7 +52,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 RECIPE = ROOT / "recipes" / "hh"
 NUM_FOLDS = 5
 UNLIMITED = 2**60
-TRIED: list[str] = []
+TRIED = [
+    "Depth, pooling and the penalty of the head: by hand on 704 of the comparisons, with folds of seeds that are not "
+    "used here (docs/log.md, 2026-11-21). 18 of 30 layers and the last token were taken from that; the penalty is "
+    "chosen anew inside every training fold.",
+    "Truncation: a dialogue that is too long loses its oldest turns and keeps its last one.",
+    "Averaging: the scores of models of several seeds, as above.",
+    "Not tried for lack of time on the processor: more than one epoch, other learning rates, more layers.",
+]
+"""What the record says of the choice of settings."""
 WAYS = {"head": "the fitted head alone", "layers": "the last layers too"}
 
 
@@ -79,7 +87,7 @@ class Experiment:
         self.task = RewardTask(self.backbone, self.data, cache_bytes=UNLIMITED)
         masters = self.task.masters
         self._start = {name: m.detach().clone() for name, m in zip(masters.names, masters.masters, strict=True)}
-        first_turns = [prompt[0]["content"].lower() for prompt in self.data.data.prompts]  # type: ignore[index]
+        first_turns = [prompt[0]["content"].lower() for prompt in self.data.data.prompts]
         number = {turn: place for place, turn in enumerate(dict.fromkeys(first_turns))}
         self.groups = torch.tensor([number[turn] for turn in first_turns])
         """(N,) rows of one number begin with the same question."""

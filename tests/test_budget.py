@@ -1,4 +1,4 @@
-"""What a run says that it has cost, against hooks in the model that count for themselves; and where a budget ends it."""
+"""What a run says that it has cost, against hooks in the model that count for themselves; where a budget ends it."""
 
 from __future__ import annotations
 

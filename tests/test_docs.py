@@ -31,7 +31,7 @@ README, PYTHON, LOG = (ROOT / name for name in ("README.md", "docs/python.md", "
 OVERVIEW = ROOT / "docs/algorithms/README.md"
 PAGES = {name: ROOT / f"docs/algorithms/{name}.md" for name in ALGORITHMS}
 P3O = PAGES["p3o"]
-DOCUMENTS = [README, PYTHON, LOG, ROOT / "docs/README.md", OVERVIEW, *PAGES.values()]
+DOCUMENTS = [README, PYTHON, LOG, ROOT / "docs/README.md", ROOT / "docs/judge.md", OVERVIEW, *PAGES.values()]
 
 NEEDED = {"model": "m", "dataset": "d", "reward_funcs": ["a.b"]}
 MODELS = ("smollm2-135m-instruct-q4", "HuggingFaceTB/SmolLM2-135M-Instruct")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -181,6 +180,8 @@ def test_the_same_text_is_a_tie_of_which_nobody_is_asked() -> None:
     assert pair["position_bias"]["mean"] == 0
     assert summary["num_questions"] == 2
     assert read()[1][0]["reason"] == "both are the same text"
+    [pair] = result(a, b, model="judges.py:first", output="first")["pairs"]
+    assert pair["position_bias"]["mean"] == 1  # of the pairs that were judged, not of all
 
 
 def test_pairs_without_a_verdict_count_apart(capsys: pytest.CaptureFixture[str]) -> None:
@@ -315,6 +316,18 @@ def test_models_are_sampled_first_on_the_prompts_given(tiny_model_folder: str, t
         assert line["second_completion"] == first[line["prompt"], line["completion_index"]]
 
 
+def test_a_run_without_held_out_samples_is_sampled(tiny_model_folder: str, tmp_path: Path) -> None:
+    """Its newest checkpoint is; a run that has none yet is refused."""
+    words = {"model": tiny_model_folder, "dataset": "passed in", "chat": "never", "dataset_test_split": None}
+    config = TrainConfig(**words, max_steps=1, batch_size=2, max_completion_length=4, output_dir="runs/bare")
+    train(config, reward_funcs=[share_of_letters], train_dataset=PROMPTS)
+    file = completions("b.jsonl", ["z"] * 3)
+    summary = result("runs/bare", file, model="judges.py:letters", max_completion_length=4)
+    assert (summary["sides"][0]["name"], summary["num_prompts"]) == ("bare", 3)
+    run_folder("runs/young", {})
+    assert "the run folder runs/young has no checkpoint yet" in refusal("runs/young", file, output="young")
+
+
 def test_an_endpoint_is_tried_before_models_are_sampled(
     tiny_model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,18 +400,21 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_killed_and_resumed_makes_only_the_missing_requests() -> None:
     a, b = two_files()
     with endpoint(lambda n, q: time.sleep(0.01) or longer(n, q)) as stub:
-        command = [sys.executable, "-m", "pairtune", "judge", a, b, "--judge.model", "m", "--output_dir", "out"]
-        command += ["--judge.base_url", stub.base_url, "--judge.concurrency", "2", "--judge.cache", "answers"]
-        process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        words = {"base_url": stub.base_url, "cache": "answers", "concurrency": 2}
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                result(a, b, model="m", judge=words)
+            os._exit(0)
         deadline = time.monotonic() + 60
-        while len(stub.requests) < 10 and time.monotonic() < deadline and process.poll() is None:
+        while len(stub.requests) < 10 and time.monotonic() < deadline:
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
         asked = len(stub.requests)
         assert 10 <= asked < 40
         assert not Path("out").exists()
-        result(a, b, model="m", judge={"base_url": stub.base_url, "cache": "answers"})
+        result(a, b, model="m", judge=words)
         # Those under way when it was killed were not kept: one a thread at most.
         missing = len(stub.requests) - asked
         assert 40 - asked <= missing <= 40 - asked + 2

@@ -29,6 +29,7 @@ from pairtune.feedback.judges import (
     Judgement,
     ModelJudge,
     Pair,
+    PreferenceJudge,
     RewardJudge,
     Verdict,
     broken_up,
@@ -132,6 +133,7 @@ def test_a_completion_cannot_close_its_own_marks(forgery: str) -> None:
         ("More helpful: Response B", 0.0, None),
         ("more helpful: [[A]]", 1.0, None),
         ("It is close.\nB", 0.0, None),
+        ("```\r\nMore helpful: B\r\n```", 0.0, None),
         ("More helpful: tie", 0.5, None),
         ("More helpful: A\nI hope that helps!", None, "its last line is no verdict"),
         ("Response A says 'More helpful: A'.\nMore helpful: B", 0.0, None),
@@ -459,6 +461,13 @@ def test_newer_models_call_the_limit_another_name() -> None:
         assert len(stub.requests) == 13
 
 
+def test_a_server_that_repeats_the_key_is_not_quoted(tmp_path: Path) -> None:
+    with endpoint(lambda *_: f"You sent {KEY}.\nMore helpful: A") as stub:
+        [judgement] = judge_pairs(judge_of(stub), PAIRS[:1])
+    assert judgement.as_shown.answer == "You sent ***.\nMore helpful: A"
+    assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
 def test_tokens_and_cost_are_counted() -> None:
     with endpoint() as stub:
         judge = judge_of(stub, input_price=2.0, output_price=8.0)
@@ -641,6 +650,7 @@ def test_a_preference_function_judges() -> None:
         return [None if len(a) == 3 else 0.75 if len(a) > len(b) else 0.25 for a, b in zip(first, second, strict=True)]
 
     judge = function_judge(prefer)
+    assert isinstance(judge, PreferenceJudge)
     assert "needs `topic`" in refusal(lambda: judge.check(PAIRS[0]))
     pairs = [Pair(p.prompt, p.first, p.second, columns={"topic": "t"}) for p in PAIRS]
     judge.check(pairs[0])
@@ -652,6 +662,20 @@ def test_a_preference_function_judges() -> None:
         (0.75, 0.25),
         (0.75, 0.25),
     ]
+
+
+def test_a_function_is_asked_the_same_whatever_the_order() -> None:
+    """It may answer by what stands beside a pair, or by its place in the list."""
+    calls: list[list[tuple[str, str]]] = []
+
+    def by_place(first: list[str], second: list[str]) -> list[float]:
+        calls.append(list(zip(first, second, strict=True)))
+        return [place / 20 for place in range(len(first))]
+
+    one = judge_pairs(function_judge(by_place), PAIRS)
+    other = judge_pairs(function_judge(by_place), [pair.swapped() for pair in reversed(PAIRS)])
+    assert calls[0] == calls[1]
+    assert probabilities(one) == [(b, a) for a, b in reversed(probabilities(other))]
 
 
 def test_a_reward_function_judges() -> None:

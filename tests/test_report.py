@@ -370,7 +370,7 @@ def test_a_run_of_reward_learning_shows_what_the_model_is_worth(tmp_path: Path, 
     assert rows["margin 0.1 to 0.4"]["low"] == 55.0
     assert page.figures["reliability"]["series"][1]["points"][1][:2] == [90.0, 65.0]
     assert page.figures["accuracy"]["series"][0]["points"][0] == [1.0, 60.0]
-    assert "+15.0 points [5.0 points, 25.0 points]" in page.text
+    assert "+15.0 points [5.0, 25.0]" in page.text
     assert "3 rows <script>" in page.text
     assert "tldr" in page.text
 
@@ -383,7 +383,7 @@ def test_a_comparison_holds_all_that_several_runs_say(comparison: Page) -> None:
     for key in ("frontier", "frontier-ends", "win_matrix", "ranking", "ablation-beta-reward", "ablation-beta-kl"):
         assert key in keys, key
     for title in (
-        *("Reward at equal drift", "Is the difference confirmed?", "Strengths and win rates", "At the end of training"),
+        *("Reward at equal drift", "More reward at the same KL?", "Strengths and win rates", "At the end of training"),
         *("What every run spent", "What differs", "The same in all"),
     ):
         assert title in comparison.text, title
@@ -401,12 +401,23 @@ def test_a_comparison_holds_all_that_several_runs_say(comparison: Page) -> None:
     assert all(wins["values"][i][j] + wins["values"][j][i] == pytest.approx(1) for i in range(5) for j in range(i))
 
 
+def test_runs_that_never_left_the_start_have_nothing_at_matched_kl(tmp_path: Path) -> None:
+    runs = make_grid(tmp_path, ("p3o", "ppo"), num_seeds=2, steps=(0, 3))
+    for run in runs:
+        for name in ("evaluations", "samples"):
+            lines = read_jsonl(run / f"{name}.jsonl")
+            write(run / f"{name}.jsonl", [line for line in lines if line["step"] == 0])
+    page = Page(write_report(runs, tmp_path / "p.html"))
+    assert "No two of these policies reach a common KL" in page.text
+    assert "At the end of training" in page.text
+
+
 def test_the_axis_says_what_kl_it_is(tmp_path: Path) -> None:
     page = Page(write_report([make_run(tmp_path / "a", temperature=0.7, top_p=0.9)], tmp_path / "p.html"))
     label = page.figures["frontier"]["x_label"]
     assert label == (
-        "KL to the reference (nats a completion, of the law that samples, temperature 0.7, top-p 0.9, to the untruncated "
-        "reference)"
+        "KL to the reference (nats a completion, of the law that samples, temperature 0.7, top-p 0.9, to the "
+        "untruncated reference)"
     )
 
 
@@ -440,6 +451,52 @@ def test_runs_that_are_not_done_are_told_and_not_compared(tmp_path: Path) -> Non
     assert "failed: no room <script>" in page.text
     assert "4,096" in page.text
     assert "rloo" not in json.dumps(page.figures)
+
+
+def test_a_comparison_folder_adds_what_only_its_record_knows(tmp_path: Path) -> None:
+    cells = tmp_path / "c" / "cells"
+    for method in ("p3o", "ppo"):
+        done = {"name": method, "method": method.upper(), "seed": 0, "status": "done", "error": None, "settings": {}}
+        make_run(cells / method, method, cell=done)
+    names = ["starting policy", "P3O", "PPO"]
+    rates = [[None if i == j else interval(0.3 if i < j else 0.7, 0.05) for j in range(3)] for i in range(3)]
+    ranking = [
+        {"name": name, "strength": interval(strength)} for name, strength in zip(names[::-1], (1, 0, -1), strict=True)
+    ]
+    tried = {"method": "PPO", "settings": {"learning_rate": 0.001}, "reward": 0.5, "kl": 1.0, "value": 0.4}
+    record = {
+        "version": 1,
+        "notes": [f"a remainder {WILD}"],
+        "exact_frontier": [{"kl": kl, "reward": kl**0.5} for kl in (0.0, 1.0, 2.0, 99.0)],
+        "arms": [{"name": "P3O", "gap": interval(0.125, 0.001), "regret": None}],
+        "held_out": {"reward_funcs": ["my.held_out"], "names": names, "rates": rates, "ranking": ranking},
+        "sweep": {"rule": "reward", "split": "test[:24]", "seed": 7, "runs": [tried | {"chosen": True, "error": None}]},
+    }
+    (tmp_path / "c" / "comparison.json").write_text(json.dumps(record))
+    page = Page(write_report(tmp_path / "c"))
+    exact = next(one for one in page.figures["frontier"]["series"] if one["name"].startswith("exact frontier"))
+    assert [point[0] for point in exact["points"]] == [0.0, 1.0, 2.0]  # as far as a policy went
+    held_out = page.figures["win_matrix-held_out"]
+    assert held_out["names"] == ["PPO", "P3O", "starting policy"]
+    assert held_out["values"][0] == [None, 0.7, 0.7]
+    assert held_out["lows"][1][2] == 0.65
+    assert [row["value"] for row in page.figures["ranking-held_out"]["rows"]] == [1, 0, -1]
+    for words in (
+        *(
+            "By a reward that no policy was trained on: my.held_out.",
+            "below the exact frontier",
+            "0.125 [0.124, 0.126]",
+        ),
+        *(
+            "a remainder <script>",
+            "learning_rate 0.001",
+            "Chosen by the largest reward on the split test[:24], seed 7.",
+        ),
+    ):
+        assert words in page.text, words
+    assert "regret" not in page.text  # no policy has one
+    (tmp_path / "c" / "comparison.json").write_text(json.dumps(record | {"version": 2}))
+    assert "win_matrix-held_out" not in Page(write_report(tmp_path / "c")).figures
 
 
 def test_runs_without_shared_measures_are_shown_each_for_itself(tmp_path: Path) -> None:

@@ -310,6 +310,7 @@ def test_what_a_model_wrote_is_shown_and_never_run(browser: Browser, comparison:
 def test_print_is_light_and_whole(browser: Browser, comparison: Path, tmp_path: Path) -> None:
     check(browser, comparison, dark=True, media="print")
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.run("getComputedStyle(document.body).color") == "rgb(28, 31, 35)"
     for hidden in ("nav", ".controls", ".more"):
         assert browser.run(f"getComputedStyle(document.querySelector('{hidden}')).display") == "none", hidden
     folded = "document.querySelectorAll('details:not([open])').length"

@@ -695,7 +695,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(run: Run, monkeypatch: pytes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(PairtuneError, match=r"the gradient of step 1 is not finite \(.*lower learning_rate"):
-            run()
+            run(held_out=None)
 
 
 def test_what_is_left_out_or_does_nothing_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

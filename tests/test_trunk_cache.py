@@ -105,10 +105,11 @@ def test_a_row_meets_the_frozen_layers_once(tiny_tokenizer: Any) -> None:
     assert sum(met) == sum(map(task.length, range(8)))
 
 
-def test_memory_stays_within_its_bound(tiny_tokenizer: Any) -> None:
-    plain = task_of(tiny_tokenizer, PAIRS)
+@pytest.mark.parametrize("kind", ["llama", "mistral"], ids=["prompt shared", "a row a completion"])
+def test_memory_stays_within_its_bound(tiny_tokenizer: Any, kind: str) -> None:
+    plain = task_of(tiny_tokenizer, PAIRS, kind=kind)
     limit = bytes_of(plain, 5) - 1
-    task = task_of(tiny_tokenizer, PAIRS, cache_bytes=limit)
+    task = task_of(tiny_tokenizer, PAIRS, kind=kind, cache_bytes=limit)
     task.loss(range(12))
     (cache,) = caches(task)
     storages = [part.untyped_storage().nbytes() for parts in cache._states.values() for part in parts]

@@ -251,7 +251,10 @@ def _parser(asked: str) -> _Parser:
             )
         if name == "demo":
             verb_parser.add_argument(
-                "--compare", action="store_true", help="compare methods on a language whose best frontier is known"
+                "--compare",
+                action="store_true",
+                default=argparse.SUPPRESS,
+                help="compare methods on a language whose best frontier is known",
             )
         if name == "judge":
             sides = verb_parser.add_argument(

@@ -62,6 +62,8 @@ def compare(config: CompareConfig) -> Path:
     mistake in the configuration or a folder that holds another comparison, at the end where cells failed (all others
     are done then, and in the tables). KeyboardInterrupt once Ctrl-C or SIGTERM has stopped the grid.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise PairtuneError("`pairtune compare` runs its cells itself; start it without torchrun, with --parallel.")
     grid = grid_of(config)
     path = Path(config.output_dir)
     _check_folder(path, config, grid)
@@ -70,8 +72,12 @@ def compare(config: CompareConfig) -> Path:
     def say(text: str) -> None:
         console.print(Text(clean(text)), soft_wrap=True)
 
-    with folder.hold(path, config_to_yaml(config)):
+    text, stored = config_to_yaml(config), path / folder.CONFIG
+    is_same = stored.exists() and stored.read_text("utf-8") == text
+    with folder.hold(path, text):
         (path / CELLS).mkdir(exist_ok=True)
+        if not is_same or any(_status(cell) != "done" for cell in [*grid.sweep, *grid.cells]):
+            (path / COMPARISON).unlink(missing_ok=True)  # of fewer cells, or of other rewards: no longer true
         for note in grid.notes:
             say(f"note: {note}")
         try:
@@ -82,7 +88,7 @@ def compare(config: CompareConfig) -> Path:
                     say(line)
                 _run_all(_with_chosen(grid, swept), config, console, "cell")
                 _fail_unchosen(grid, swept)
-                _write_tables(path, config, grid, swept, console)
+                _show_tables(path, config, grid, swept, console)
         except KeyboardInterrupt:
             done = sum(_status(cell) == "done" for cell in grid.cells)
             say(f"stopped with {done} of {len(grid.cells)} cells done; the same command goes on where it stopped.")
@@ -102,9 +108,11 @@ def compare(config: CompareConfig) -> Path:
 
 def _check_folder(path: Path, config: CompareConfig, grid: Grid) -> None:
     """Raises PairtuneError unless the folder is free, or holds this comparison or a part of it."""
+    if path.is_file():
+        raise PairtuneError(f"output_dir {path} is a file; choose another --output_dir.")
     if not path.exists() or not any(path.iterdir()):
         return
-    if not path.is_dir() or not (path / folder.CONFIG).exists() or not (path / CELLS).exists():
+    if not (path / folder.CONFIG).exists() or not (path / CELLS).exists():
         if {entry.name for entry in path.iterdir()} <= {folder.LOCK, folder.CONFIG}:
             return  # killed before its first cell
         raise PairtuneError(f"output_dir {path} holds files but no comparison; choose another --output_dir.")
@@ -190,9 +198,9 @@ def run_cell(cell: Cell, task: TaskWords, *, keep_checkpoints: bool) -> dict[str
         record["steps"] = metrics[-1]["step"]
         record["budget"] = {name: metrics[-1][metric] for name, metric in BUDGET.items()}
     record["seconds"] = round(before.get("seconds", 0) + time.monotonic() - started, 1)
+    _write_cell(path, record)
     if record["status"] == "done" and not keep_checkpoints:
         shutil.rmtree(path / folder.CHECKPOINTS, ignore_errors=True)
-    _write_cell(path, record)
     return record
 
 
@@ -633,21 +641,17 @@ def _fail_unchosen(grid: Grid, swept: dict[str, Any] | None) -> None:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _write_tables(
-    path: Path, config: CompareConfig, grid: Grid, swept: dict[str, Any] | None, console: Console
-) -> None:
-    """comparison.json and report.html, where they are not what they should be already; the tables on the console."""
+def _show_tables(path: Path, config: CompareConfig, grid: Grid, swept: dict[str, Any] | None, console: Console) -> None:
+    """The tables on the console; comparison.json and report.html are made where they are not there."""
     from pairtune.evidence.comparison import show, tables
 
-    content = tables(config, grid, swept)
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    target = path / COMPARISON
-    is_new = not target.exists() or target.read_text("utf-8") != text
-    if is_new:
-        write_atomic(target, text)
+    content, report = read_json(path / COMPARISON), path / folder.REPORT
+    if content is None:
+        content = tables(config, grid, swept)
+        report.unlink(missing_ok=True)
+        write_atomic(path / COMPARISON, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     show(content, console)
-    report = path / folder.REPORT
-    if is_new or not report.exists():
+    if not report.exists():
         from pairtune.evidence.report import write_report
 
         write_report(path)

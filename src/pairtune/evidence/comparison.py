@@ -89,7 +89,19 @@ VERDICTS = ("reward_at_kl", "kl_at_reward", "area", "end_reward", "end_kl")
 
 
 def tables(config: CompareConfig, grid: Grid, swept: dict[str, Any] | None) -> dict[str, Any]:
-    """What comparison.json holds; see the head of this module."""
+    """What comparison.json holds; see the head of this module.
+
+    On one thread, whatever the cells ran with: another number of them would add in another order.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _tables(config, grid, swept)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _tables(config: CompareConfig, grid: Grid, swept: dict[str, Any] | None) -> dict[str, Any]:
     records = [_record(Path(cell.config.output_dir)) for cell in grid.cells]
     done = [cell for cell, record in zip(grid.cells, records, strict=True) if record.get("status") == "done"]
     arms = group_arms([read_run(cell.config.output_dir) for cell in done])

@@ -18,11 +18,13 @@ from pairtune.evidence.frontier import (
     FrontierPoint,
     area_under_frontier,
     best_of_n_curve,
+    compare_kl_at_reward,
     compare_reward_at_kl,
     fit_frontier,
     frontier,
     kl_range,
     reward_at_kl,
+    reward_range,
     table1_row,
 )
 from pairtune.evidence.page import Block, Choice, Figures, Tables, Text
@@ -283,12 +285,17 @@ def starts(arms: Sequence[Arm]) -> list[dict[PromptKey, list[tuple[float, float]
 
 @dataclass(frozen=True)
 class Match:
-    """Two arms at the largest KL that all their seeds reach."""
+    """Two arms at the largest KL, and at the largest reward, that all their seeds reach."""
 
     first: Arm
     second: Arm
     kl: float
+    """Nats."""
     verdict: Verdict
+    """On the reward at that KL, of the first less that of the second."""
+    reward: float | None
+    kl_verdict: Verdict | None
+    """On the KL at that reward; None where they share no reward."""
 
 
 def matches_of(compared: Compared) -> list[Match]:
@@ -299,9 +306,12 @@ def matches_of(compared: Compared) -> list[Match]:
     matches = []
     for first, second in _pairs(compared.arms):
         a, b = measured[first.name], measured[second.name]
-        common = kl_range(a, b)
-        if common is not None:
-            matches.append(Match(first, second, common[1], compare_reward_at_kl(a, b, common[1])))
+        kls, rewards = kl_range(a, b), reward_range(a, b)
+        if kls is not None and kls[1] > kls[0]:
+            verdict = compare_reward_at_kl(a, b, kls[1])
+            kl_verdict = None if rewards is None else compare_kl_at_reward(a, b, rewards[1])
+            reward = None if rewards is None else rewards[1]
+            matches.append(Match(first, second, kls[1], verdict, reward, kl_verdict))
     return matches
 
 
@@ -348,28 +358,37 @@ def matched_blocks(compared: Compared, matches: Sequence[Match]) -> list[Block]:
         groups = [compared.group[arm.name] for arm in compared.arms]
         tables.append(Table("reward_at_kl", "Reward at equal drift", columns, rows, text, groups))
     if matches:
-        rows = []
-        for match in matches:
-            estimate = match.verdict.estimate
-            rows.append(
-                [
-                    f"{match.first.name} against {match.second.name}",
-                    Cell(match.kl, form="{:.2f}"),
-                    estimate_cell(estimate, "{:+.3f}"),
-                    f"{match.verdict.word}: {match.verdict.reason}",
-                ]
-            )
-        text = (
-            "The difference compares each prompt with itself at the largest KL that all seeds of both reach. It is "
-            "called confirmed only if its interval, with the variance between training seeds in it, excludes zero."
-        )
-        columns = ["policies", "KL (nats)", "reward of the first less that of the second", "verdict"]
-        tables.append(Table("matched_kl", "Is the difference confirmed?", columns, rows, text))
+        tables += _verdicts(matches, compared.exact)
     blocks: list[Block] = [Text(findings=_findings(matches))] if matches else []
     blocks += [Tables(tables)] if tables else []
     if fits := _fits(compared):
         blocks.append(Tables([fits], folded="Area under the frontier, and lines through it"))
     return blocks
+
+
+def _verdicts(matches: Sequence[Match], exact: bool) -> list[Table]:
+    """Every pair at matched KL, and at matched reward."""
+    how = "is taken" if exact else "compares each prompt with itself,"
+    text = (
+        f"The difference {how} at the largest {{}} that all seeds of both reach. It is called confirmed only if its "
+        "interval, with the variance between training seeds in it, excludes zero."
+    )
+    at_kl: list[list[str | Cell]] = []
+    at_reward: list[list[str | Cell]] = []
+    for match in matches:
+        names = f"{match.first.name} against {match.second.name}"
+        words = f"{match.verdict.word}: {match.verdict.reason}"
+        at_kl.append([names, Cell(match.kl, form="{:.2f}"), estimate_cell(match.verdict.estimate, "{:+.3f}"), words])
+        if match.kl_verdict is not None:
+            words = f"{match.kl_verdict.word}: {match.kl_verdict.reason}"
+            at_reward.append([names, Cell(match.reward), estimate_cell(match.kl_verdict.estimate, "{:+.2f}"), words])
+    columns = ["policies", "KL (nats)", "reward of the first less that of the second", "verdict"]
+    tables = [Table("matched_kl", "More reward at the same KL?", columns, at_kl, text.format("KL"))]
+    if at_reward:
+        columns = ["policies", "reward", "KL of the first less that of the second (nats)", "verdict"]
+        title = "More KL for the same reward?"
+        tables.append(Table("matched_reward", title, columns, at_reward, text.format("reward")))
+    return tables
 
 
 def _findings(matches: Sequence[Match]) -> list[str]:
@@ -408,11 +427,14 @@ def _levels(measured: Sequence[Evaluated]) -> list[float]:
 def _fits(compared: Compared) -> Table | None:
     assert compared.measured is not None
     common = kl_range(*compared.measured)
+    common = common if common is not None and common[1] > common[0] else None
     rows: list[list[str | Cell]] = []
     for arm, evaluated in zip(compared.arms, compared.measured, strict=True):
-        area = area_under_frontier(evaluated, common[1], common[0]) if common and common[1] > common[0] else None
-        width = common[1] - common[0] if common else 1.0
-        row: list[str | Cell] = [arm.name, estimate_cell(area, scale=1 / width)]
+        area = None if common is None else area_under_frontier(evaluated, common[1], common[0])
+        row: list[str | Cell] = [
+            arm.name,
+            estimate_cell(area, scale=1.0 if common is None else 1 / (common[1] - common[0])),
+        ]
         for kind in ("linear", "sqrt"):
             fit = fit_frontier(evaluated, kind)
             row += [estimate_cell(fit.slope if fit else None), Cell(fit.r_squared if fit else None, form="{:.2f}")]
@@ -457,7 +479,8 @@ def verdict_sentence(compared: Compared, matches: Sequence[Match]) -> str:
         if not more and not less:
             kinds["no confirmed difference to"].append(name)
     parts = [f"{words} {_listed(found)}" for words, found in kinds.items() if found]
-    sure = ", confirmed over prompts and training seeds" if len(parts) > 1 or "confirmed" not in parts[0] else ""
+    over = "training seeds" if compared.exact else "prompts and training seeds"
+    sure = f", confirmed over {over}" if len(parts) > 1 or "confirmed" not in parts[0] else ""
     return f"At matched KL{sure}, {subject} has {'; '.join(parts)}."
 
 

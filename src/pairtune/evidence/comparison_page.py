@@ -46,6 +46,8 @@ MOST_CURVE_POINTS = 30_000
 MOST_TEXT = 1_000_000
 """Characters of completions on a page."""
 MOST_PROMPTS = 120
+RECORD_VERSION = 1
+"""Of comparison.json, whose keys are read here; the page of another one does without it."""
 FIRST_METRICS = ("reward", "kl", "loss", "entropy", "completions/mean_length", "accuracy", "perplexity")
 
 
@@ -56,12 +58,12 @@ def comparison_page(runs: Sequence[Run], folders: Sequence[Path]) -> Page:
     """
     only = folders[0] if len(folders) == 1 else None
     record = (read_json(only / COMPARISON) or {}) if only is not None else {}
-    compared = compare_arms(group_arms(runs), record)
+    compared = compare_arms(group_arms(runs), record if record.get("version") == RECORD_VERSION else {})
     arms = compared.arms
     name = only.resolve().name if only is not None else f"{len(runs)} runs"
     if not arms:
         verdict = "No run is done yet, so there is nothing to compare."
-        return Page(name, verdict, [], [Section("runs", "Runs", "Runs", _runs(runs, compared, folders))])
+        return Page(name, verdict, [], [Section("runs", "Runs", "Runs", _runs(runs, compared))])
     if stage_of(runs[0]) == "train":
         matches = matches_of(compared)
         sections = [
@@ -79,7 +81,7 @@ def comparison_page(runs: Sequence[Run], folders: Sequence[Path]) -> Page:
         Section("curves", "Curves", "Training curves", _curves(compared)),
         Section("spread", "Spread", "Rewards and lengths", _spread(compared)),
         Section("completions", "Completions", "Completions side by side", _completions(compared)),
-        Section("runs", "Runs", "Runs and budgets", _runs(runs, compared, folders)),
+        Section("runs", "Runs", "Runs and budgets", _runs(runs, compared)),
         Section("made", "Settings", "How it was made", _made(runs, compared, folders)),
     ]
     return Page(name, verdict, _facts(runs, compared), [section for section in sections if section.blocks])
@@ -211,7 +213,7 @@ BUDGET = {
 }
 
 
-def _runs(runs: Sequence[Run], compared: Compared, folders: Sequence[Path]) -> list[Block]:
+def _runs(runs: Sequence[Run], compared: Compared) -> list[Block]:
     """Every run with what it spent, those that are not done too."""
     arm_of = {str(run.folder): arm for arm in compared.arms for run in arm.runs}
     budgets = [(run.cell or {}).get("budget") or {} for run in runs]

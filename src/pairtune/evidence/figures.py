@@ -237,11 +237,14 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     from matplotlib.ticker import MaxNLocator
 
     named: set[str] = set()
+    # Many intervals would hide what they belong to.
+    num_bars = sum(len(series.points) for series in chart.series if series.interval == "bars")
+    pale = min(0.65, max(0.16, 25 / max(1, num_bars)))
     for series in chart.series:
         label = series.group if series.group and series.group not in named and not series.faint else None
         if label is not None:
             named.add(label)
-        _draw_series(axes, series, label)
+        _draw_series(axes, series, label, pale)
     axes.set_xlabel(chart.x_label)
     axes.set_ylabel(chart.y_label)
     if chart.x_log:
@@ -275,7 +278,7 @@ def _roomy(values: list[tuple[float, float | None, float | None]]) -> tuple[floa
     return low - pad, high + pad
 
 
-def _draw_series(axes: Any, series: Series, label: str | None) -> None:
+def _draw_series(axes: Any, series: Series, label: str | None, pale: float) -> None:
     points, shade = series.points, colour(series.slot)
     x, y = [point.x for point in points], [point.y for point in points]
     lows = [point.y if point.low is None else point.low for point in points]
@@ -293,7 +296,7 @@ def _draw_series(axes: Any, series: Series, label: str | None) -> None:
         spread = {"yerr": [_not_negative(below), _not_negative(above)]}
         if any(left) or any(right):
             spread["xerr"] = [_not_negative(left), _not_negative(right)]
-        axes.errorbar(x, y, **spread, fmt="none", ecolor=shade, elinewidth=0.7, alpha=0.7 * alpha)
+        axes.errorbar(x, y, **spread, fmt="none", ecolor=shade, elinewidth=0.7, alpha=pale)
     axes.plot(
         x,
         y,

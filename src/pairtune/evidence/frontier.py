@@ -354,18 +354,18 @@ def optimal_reward(task: EnumerableTask, ref_logprobs: Tensor, kl: Tensor) -> Te
     ref_logprobs: (P, N) float64 as `exact.sequence_logprobs` gives them. Interpolated between the optima of 400 betas
     with the frontier's own slope, dR/dKL = beta, to about nine digits; flat once every prompt has its best completion.
     """
-    spread = (task.rewards.max() - task.rewards.min()).clamp(min=torch.finfo(torch.float64).tiny)
+    asked = kl.to("cpu", torch.float64).clamp(min=0).sqrt()
+    start = (ref_logprobs.exp() * task.rewards).sum(-1).mean()
+    spread = task.rewards.max() - task.rewards.min()
+    if spread == 0:
+        return torch.where(asked.isnan(), math.nan, start)
     betas = spread * torch.logspace(4, -4, 400, dtype=torch.float64)
     kls, rewards = optimal_frontier(task, ref_logprobs, betas)
-    start = (ref_logprobs.exp() * task.rewards).sum(-1).mean()
     # Over sqrt(KL) the curve has a finite slope at 0 too.
-    x, y, slope = kls.clamp(min=0).sqrt(), rewards, 2 * betas * kls.clamp(min=0).sqrt()
+    x, slope = kls.clamp(min=0).sqrt(), 2 * betas * kls.clamp(min=0).sqrt()
     rises = x > torch.cat([torch.zeros(1), x.cummax(0).values[:-1]]) + 1e-9
-    x, y = torch.cat([torch.zeros(1), x[rises]]), torch.cat([start[None], y[rises]])
-    slope = torch.cat([slope[rises][:1], slope[rises]]) if rises.any() else torch.zeros(1)
-    asked = kl.to("cpu", torch.float64).clamp(min=0).sqrt()
-    if len(x) < 2:
-        return torch.full_like(asked, start.item()).where(~asked.isnan(), math.nan)
+    x, y = torch.cat([torch.zeros(1), x[rises]]), torch.cat([start[None], rewards[rises]])
+    slope = torch.cat([slope[rises][:1], slope[rises]])
     right = torch.searchsorted(x, asked).clamp(1, len(x) - 1)
     left, width = right - 1, x[right] - x[right - 1]
     t = ((asked - x[left]) / width).clamp(max=1)

@@ -244,12 +244,16 @@ def _cell(
         values["dataset_test_split"] = config.sweep.split
     folder = Path(config.output_dir) / ("sweep" if sweep else "cells") / name
     values |= {"output_dir": str(folder), "resume": True}
+    notes: list[str] = []
     try:
-        TrainConfig(**values)  # before one reckons with them
-        values |= _equal_steps(config, values, base, point.own)
-        notes = _updates(values, point.own)
-        budget = config.sweep.completions if sweep else None
-        notes += _budgeted(values, config, budget)
+        try:
+            values |= _equal_steps(config, values, base, point.own)
+            notes = _updates(values, point.own)
+            notes += _budgeted(values, config, config.sweep.completions if sweep else None)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, PairtuneError):
+                raise
+            # What cannot be reckoned with is no number, and is refused as that.
         train_config = TrainConfig(**values)
     except PairtuneError as error:
         for sentence in str(error).splitlines():

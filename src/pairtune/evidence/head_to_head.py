@@ -423,7 +423,7 @@ def _fit_logistic(features: Tensor, outcomes: Tensor, weight: float) -> tuple[Te
         scatter = weights * probabilities * (1 - probabilities)
         information = x.T @ (scatter[:, None] * x) + precision.diag()
         step = torch.linalg.solve(information, x.T @ (weights * (y - probabilities)) - precision * fitted)
-        while (further := loss(fitted + step)) > value and step.abs().max() > 1e-12:
+        while (further := loss(fitted + step)) > value and step.abs().max() > 0.1:  # as in bradley_terry
             step = step / 2
         fitted, value = fitted + step, further
         if step.abs().max() <= 1e-12:

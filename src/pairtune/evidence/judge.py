@@ -616,7 +616,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         table.add_row(*map(_cell, cells))
     table.caption = (
         "score: share of pairs won, ties half; position bias: pairs of which the two orders contradict each other, "
-        "counted as ties. In brackets: 95% interval over prompts."
+        "counted as ties. In brackets: 95% interval over prompts, and over seeds where there are several."
     )
     table.caption_justify = "left"
     console.print(table)
@@ -634,6 +634,9 @@ def show(summary: dict[str, Any], console: Console) -> None:
         for one in summary["ranking"]:
             table.add_row(_cell(one["name"]), _cell(_signed(one["strength"])))
         console.print(table)
+    if summary["mass"] is not None and summary["mass"] < 0.5:
+        words = f"A and B together have a probability of {summary['mass']:.1%} where the verdict stands: most often "
+        console.print(_cell(f"{words}{summary['judge']} would have said something else."), soft_wrap=True)
     for reason, count in summary["no_verdict"].items():
         console.print(
             _cell(f"no verdict from {count} of {summary['num_questions']} questions: {reason}"), soft_wrap=True

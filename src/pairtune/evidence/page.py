@@ -184,7 +184,7 @@ def json_for_script(value: Any) -> str:
     """JSON that may stand inside a <script>: no `<`, so neither a tag nor a comment can begin, and no line separator
     that older scripts take for the end of a line. A lone half of a surrogate pair stays the escape that it is."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for character in ">&":
+    for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 

@@ -219,7 +219,7 @@ def _charts(run: Run) -> list[Block]:
             "Reward",
             "Mean reward before any KL term: of each training batch, and of the held-out prompts.",
             "reward",
-            [("reward", "reward")],
+            ("reward", "reward"),
         ),
         _over_steps(
             run,
@@ -227,7 +227,7 @@ def _charts(run: Run) -> list[Block]:
             "KL to the reference",
             "Sequence KL of the policy to the reference, summed over the tokens of a completion.",
             "KL (nats a completion)",
-            [("kl", "kl")],
+            ("kl", "kl"),
             y_name="KL",
         ),
         _plane(evaluations, kl_label),
@@ -238,7 +238,7 @@ def _charts(run: Run) -> list[Block]:
             "Length",
             "Tokens a completion, end token included.",
             "length (tokens)",
-            [("completions/mean_length", "length")],
+            ("completions/mean_length", "length"),
             y_name="length",
         ),
         _over_steps(
@@ -247,7 +247,7 @@ def _charts(run: Run) -> list[Block]:
             "Unfinished completions",
             "The share that the length cap cut off.",
             "unfinished (%)",
-            [("completions/clipped_ratio", "truncated")],
+            ("completions/clipped_ratio", "truncated"),
             percent=True,
             y_name="unfinished %",
         ),
@@ -304,19 +304,19 @@ def _over_steps(
     title: str,
     text: str,
     y_label: str,
-    names: Sequence[tuple[str, str]],
+    names: tuple[str, str],
     *,
     percent: bool = False,
     y_name: str = "",
 ) -> Chart | None:
-    """A metric of training and its held-out twin over the steps; None where there is neither."""
+    """A metric of training and its held-out twin, `names` in the two logs, over the steps; None without either."""
     scale = 100.0 if percent else 1.0
+    trained, evaluated = names
     series = []
-    for trained, evaluated in names:
-        if points := curve(run.metrics, trained, scale=scale):
-            series.append(Series(TRAINING, points, slot=0, group=TRAINING))
-        if points := held_out(run.evaluations, evaluated, scale):
-            series.append(Series("held-out", points, slot=1, interval="bars", marked=True, group=HELD_OUT))
+    if points := curve(run.metrics, trained, scale=scale):
+        series.append(Series(TRAINING, points, slot=0, group=TRAINING))
+    if points := held_out(run.evaluations, evaluated, scale):
+        series.append(Series("held-out", points, slot=1, interval="bars", marked=True, group=HELD_OUT))
     if not series:
         return None
     return Chart(
@@ -598,7 +598,11 @@ def _change_sentence(run: Run, name: str, what: str, form: str, unit: str) -> st
 
 
 _SUPERVISED = {
-    "loss": ("Loss", "Mean over the update's rows, and over the held-out ones.", "loss (nats)"),
+    "loss": (
+        "Loss",
+        "Mean over the rows of an update, and over the held-out rows where they were measured.",
+        "loss (nats)",
+    ),
     "perplexity": (
         "Perplexity",
         "exp of the loss a token: among how many equally likely tokens it chooses.",
@@ -622,7 +626,7 @@ def _supervised_charts(run: Run, names: Sequence[str]) -> list[Block]:
     charts = []
     for name in names:
         title, text, label = _SUPERVISED[name]
-        chart = _over_steps(run, name, title, text, label, [(name, name)], percent=name == "accuracy", y_name=name)
+        chart = _over_steps(run, name, title, text, label, (name, name), percent=name == "accuracy", y_name=name)
         charts.append(chart)
     charts.append(time_chart(run.metrics))
     there = [chart for chart in charts if chart is not None]

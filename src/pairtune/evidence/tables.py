@@ -32,7 +32,7 @@ class Cell:
         """`[low, high]`, or nothing."""
         if self.value is None or self.low is None or self.high is None:
             return ""
-        unsigned = self.form.replace(":+", ":")
+        unsigned = self.form.replace(":+", ":").removesuffix(" points")
         return f"[{unsigned.format(self.low)}, {unsigned.format(self.high)}]"
 
 

@@ -113,7 +113,8 @@ class ChatEndpoint:
         def keep(key: str, found: Answer) -> None:
             self._kept.write({key: asdict(found)})
             known[key] = found
-            advance(counts[key])
+            with self._lock:  # threads that count at once would lose counts
+                advance(counts[key])
 
         def answer(key: str, question: str) -> None:
             try:
@@ -244,7 +245,7 @@ class ChatEndpoint:
         self._reached = True
         declined = choice["message"].get("refusal") or ("filtered" if reason == "content_filter" else None)
         refusal = self._quoted(str(declined)) if declined and not text else None
-        return Answer(text or "", reason != "length", num_read, num_written, refusal)
+        return Answer(self._without_key(text or ""), reason != "length", num_read, num_written, refusal)
 
     def _refused(self, question: str, status: int, headers: Any, content: bytes) -> Answer:
         """What follows from a status other than 200: asking again, giving up, or one question without an answer."""
@@ -282,8 +283,12 @@ class ChatEndpoint:
         )
 
     def _quoted(self, text: str) -> str:
-        """A server's words for a message: short, without control characters, and without the key that it may repeat."""
-        return shortened(text if self._key is None else text.replace(self._key, "***"), 200)
+        """A server's words for a message: short, and without control characters."""
+        return shortened(self._without_key(text), 200)
+
+    def _without_key(self, text: str) -> str:
+        """A server's words without the key, which it may repeat."""
+        return text if self._key is None else text.replace(self._key, "***")
 
 
 class _Again(Exception):

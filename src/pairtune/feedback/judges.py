@@ -295,10 +295,10 @@ class Form:
     def verdict(self, answer: str) -> tuple[float | None, str | None]:
         """(probability that A is better, why there is none) of what a judge wrote.
 
-        Its last line counts, and only if there is nothing on it but the verdict: A, B or tie.
+        Its last line with a word counts, and only if there is nothing on it but the verdict: A, B or tie.
         """
-        lines = answer.rstrip().split("\n")
-        match = self._verdict.fullmatch(lines[-1].strip())
+        lines = [line for line in answer.split("\n") if re.search(r"\w", line)]
+        match = self._verdict.fullmatch(lines[-1]) if lines else None
         if match is None:
             return None, "the answer is empty" if not answer.strip() else "its last line is no verdict"
         return {"A": 1.0, "B": 0.0, "TIE": 0.5}[match[1].upper()], None

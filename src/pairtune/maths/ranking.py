@@ -20,8 +20,8 @@ def bradley_terry(wins: Tensor, *, prior: float = 1.0) -> Tensor:
     for _ in range(200):
         gradient = _gradient(strengths, with_prior)
         step = torch.linalg.solve(_information(strengths, with_prior), gradient)
-        # Far from the maximum a whole step can overshoot; the likelihood is concave, so a part of it never does.
-        while (further := _log_likelihood(strengths + step, with_prior)) < value and step.abs().max() > 1e-12:
+        # Far from the maximum a whole step can overshoot; the likelihood is concave, so a small part of it never does.
+        while (further := _log_likelihood(strengths + step, with_prior)) < value and step.abs().max() > 0.1:
             step = step / 2
         strengths, value = strengths + step, further
         if step.abs().max() <= 1e-12:

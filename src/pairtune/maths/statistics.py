@@ -1,8 +1,10 @@
-"""What a number measured on held-out prompts is worth: intervals over prompts, and distinct n-grams.
+"""What a number measured on held-out prompts is worth: intervals over prompts, over prompts and training seeds
+together, and distinct n-grams.
 
-Completions of one prompt are not independent, so every interval here resamples prompts; average the completions of a
-prompt before, or sum them for a ratio. These intervals hold the spread over prompts and sampled completions, not that
-over training seeds.
+Completions of one prompt are not independent, so the unit of every interval here is the prompt; average the completions
+of a prompt before, or sum them for a ratio. `bootstrap_*` take one trained policy and hold the spread over prompts and
+sampled completions alone. `estimate_*` take what several training seeds have come to and hold the spread over seeds
+too: what is said of a method, and not of one run of it, needs them.
 """
 
 from __future__ import annotations
@@ -247,7 +249,7 @@ def crossed_estimate(
 def _seed_variance(arms: Sequence[Tensor]) -> tuple[float, float]:
     """(what other seeds would add to the variance of the sum of the means of cells (S, P), at least 0; its degrees of
     freedom by Satterthwaite 1946). NaN without an arm."""
-    added, scale = [], 0.0
+    added, degrees = [], []
     for cells in arms:
         num_seeds, num_prompts = cells.shape
         scatter = cells.mean(1).var().item() / num_seeds
@@ -256,10 +258,12 @@ def _seed_variance(arms: Sequence[Tensor]) -> tuple[float, float]:
             interaction = residuals.square().sum().item() / ((num_seeds - 1) * (num_prompts - 1))
             scatter -= interaction / (num_seeds * num_prompts)
         added.append(scatter)
-        scale += max(scatter, 0.0) ** 2 / (num_seeds - 1)
+        degrees.append(num_seeds - 1)
     # The sum, not each, is held at 0: many arms would otherwise add up what luck alone leaves above it.
-    freedom = sum(max(x, 0.0) for x in added) ** 2 / scale if scale > 0 else math.nan
-    return (max(sum(added), 0.0) if added else math.nan), freedom
+    if not added or not sum(added) > 0:
+        return (0.0 if added else math.nan), math.nan
+    shares = [max(x, 0.0) / max(added) for x in added]
+    return sum(added), sum(shares) ** 2 / sum(x**2 / df for x, df in zip(shares, degrees, strict=True))
 
 
 def _skewed_widths(mean: float, values: Tensor, error: float, level: float) -> tuple[float, float]:
@@ -267,8 +271,8 @@ def _skewed_widths(mean: float, values: Tensor, error: float, level: float) -> t
     num_prompts, quantile = len(values), student_quantile((1 + level) / 2, len(values) - 1)
     if num_prompts < 3 or not error > 0:
         return quantile * error, quantile * error
-    third = (values - values.mean()).pow(3).sum().item() * num_prompts / ((num_prompts - 1) * (num_prompts - 2))
-    skewness = third / num_prompts**2 / error**3  # that of the mean
+    cubes = ((values - values.mean()) / (num_prompts * error)).pow(3).sum().item()
+    skewness = cubes * num_prompts**2 / ((num_prompts - 1) * (num_prompts - 2))  # that of the mean
     below, above = (sign * _unskewed(sign * quantile, skewness) * error for sign in (1, -1))
     return max(below, 0.0), max(above, 0.0)
 

@@ -47,6 +47,9 @@ FILES = (CONFIG, ENVIRONMENT, *LOGS, REPORT, REWARD_REPORT)
 LOCK = ".pairtune-lock"
 """Held while a process writes the folder. It is the first file there, so it also marks the folder as pairtune's."""
 
+SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The one written in C where there is one: a comparison reads hundreds of configurations."""
+
 MAY_DIFFER_ON_RESUME = frozenset(
     {
         # where a run ends, what it keeps and whom it tells
@@ -250,7 +253,7 @@ def _refuse_other_config(stored_path: Path, config_yaml: str) -> None:
 def read_config(path: Path) -> dict[str, Any]:
     """Reads a stored config.yaml; raises PairtuneError if it is damaged."""
     try:
-        config = yaml.safe_load(path.read_text("utf-8"))
+        config = yaml.load(path.read_text("utf-8"), Loader=SAFE_LOADER)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise PairtuneError(f"{path} cannot be read ({type(error).__name__}); restore it") from error
     if not isinstance(config, dict):

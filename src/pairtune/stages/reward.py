@@ -36,10 +36,16 @@ from pairtune.models.loading import load_tokenizer
 from pairtune.models.logprobs import Layout, make_layout
 from pairtune.models.reward_backbone import RewardBackbone, TrunkCache, load_reward_backbone
 from pairtune.runs import checkpoint, distributed, folder
-from pairtune.runs.display import Display
-from pairtune.runs.metrics import read_jsonl
 from pairtune.stages.optimization import TrainResult
-from pairtune.stages.supervised import TaskLoss, num_updates, prepare_run, train_supervised, updates_per_epoch
+from pairtune.stages.supervised import (
+    TaskLoss,
+    begin_display,
+    loading_words,
+    num_updates,
+    prepare_run,
+    train_supervised,
+    updates_per_epoch,
+)
 
 EVALUATION_BATCH = 16
 """Held-out rows of a forward pass."""
@@ -64,7 +70,7 @@ def reward(
     passed in: a model in memory with its tokenizer, and datasets (lists of rows or `datasets.Dataset`). Raises
     PairtuneError, in one sentence, for everything that a user can mend.
     """
-    device = prepare_run(config, device=config.device, num_threads=config.num_threads)
+    device = prepare_run(config)
     run_dir = Path(config.output_dir)
     with contextlib.ExitStack() as stack:
         # What can be refused is refused before the model is loaded.
@@ -75,36 +81,20 @@ def reward(
         train_data, held_out = load_comparisons(
             config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset
         )
-        done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
-        num_steps = num_updates(config, len(train_data))
-        display = stack.enter_context(
-            Display(
-                num_steps,
-                max_minutes=config.max_minutes,
-                headline="loss",
-                rewards=[line.get("loss") for line in done],
-            )
+        display = begin_display(
+            config,
+            stack,
+            len(train_data),
+            notes=train_data.data.notes,
+            held_out=[] if held_out is None else held_out.data.notes,
         )
-        for note in train_data.data.notes:
-            display.message(note)
-        for note in held_out.data.notes if held_out is not None else []:
-            display.message(f"held-out: {note}")
         with display.phase("loading the model"):
             backbone = load_reward_backbone(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,
-                dtype=folder.compute_dtype(run_dir, config.dtype, resume=config.resume),
-                device=device,
-                attn_implementation=config.attn_implementation,
                 num_layers=config.num_layers,
-                trainable_layers=config.trainable_layers,
-                lora_r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_target_modules=config.lora_target_modules,
-                gradient_checkpointing=config.gradient_checkpointing,
-                revision=config.model_revision,
-                trust_remote_code=config.trust_remote_code,
                 seed=config.seed,
+                **loading_words(config, device),
             )
         for note in backbone.notes:
             display.message(note)
@@ -115,7 +105,8 @@ def reward(
             config=config.reward,
             num_eval_examples=config.num_eval_examples,
             cache_bytes=int(config.activation_cache_gb * 2**30),
-            num_epochs=num_steps / updates_per_epoch(config, len(train_data)) + config.reward.fit_head,
+            num_epochs=num_updates(config, len(train_data)) / updates_per_epoch(config, len(train_data))
+            + config.reward.fit_head,
         )
         for note in task.notes:
             display.message(note)

@@ -614,9 +614,10 @@ def _count(
     config: TrainConfig, experience: Experience, progress: Progress, *, num_completions: int, num_generated: int
 ) -> None:
     """Adds what a step has cost, over all processes, to what the run has cost so far. Evaluations are not counted."""
-    passed = _of_all_processes(torch.tensor([[progress.forward_in_step, progress.backward_in_step]])).sum(0).tolist()
-    progress.num_forward_tokens += passed[0]
-    progress.num_backward_tokens += passed[1]
+    own = torch.tensor([[progress.forward_in_step, progress.backward_in_step]], dtype=torch.float64)
+    forward, backward = _of_all_processes(own).sum(0).tolist()
+    progress.num_forward_tokens += forward
+    progress.num_backward_tokens += backward
     progress.num_completions += num_completions
     if not config.offline:
         progress.num_generated_tokens += num_generated

@@ -16,11 +16,8 @@ from pairtune.errors import PairtuneError
 from pairtune.maths.statistics import Interval, bootstrap_ratio
 from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
 from pairtune.models.logprobs import Layout, causal_lm
-from pairtune.runs import folder
-from pairtune.runs.display import Display
-from pairtune.runs.metrics import read_jsonl
 from pairtune.stages.optimization import TrainResult
-from pairtune.stages.supervised import TaskLoss, num_updates, prepare_run, train_supervised
+from pairtune.stages.supervised import TaskLoss, begin_display, loading_words, prepare_run, train_supervised
 
 EVALUATION_BATCH = 16
 """Held-out examples of a forward pass."""
@@ -41,8 +38,7 @@ def sft(
     configuration may be passed in: a model in memory with its tokenizer, and datasets (lists of rows or
     `datasets.Dataset`). Raises PairtuneError, in one sentence, for everything that a user can mend.
     """
-    device = prepare_run(config, device=config.device, num_threads=config.num_threads)
-    run_dir = Path(config.output_dir)
+    device = prepare_run(config)
     with contextlib.ExitStack() as stack:
         # What can be refused is refused before the model is loaded.
         if tokenizer is None:
@@ -50,35 +46,19 @@ def sft(
                 config.model, revision=config.model_revision, trust_remote_code=config.trust_remote_code
             )
         train_data, held_out = load_examples(config, tokenizer, train_dataset=train_dataset, eval_dataset=eval_dataset)
-        done = read_jsonl(run_dir / folder.METRICS) if config.resume else []
-        num_steps = num_updates(config, len(train_data.examples))
-        display = stack.enter_context(
-            Display(
-                num_steps,
-                max_minutes=config.max_minutes,
-                headline="loss",
-                rewards=[line.get("loss") for line in done],
-            )
+        display = begin_display(
+            config,
+            stack,
+            len(train_data.examples),
+            notes=train_data.notes,
+            held_out=[] if held_out is None else held_out.notes,
         )
-        for note in train_data.notes:
-            display.message(note)
-        for note in held_out.notes if held_out is not None else []:
-            display.message(f"held-out: {note}")
         with display.phase("loading the model"):
             policy = load_policy(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,
-                dtype=folder.compute_dtype(run_dir, config.dtype, resume=config.resume),
-                device=device,
-                attn_implementation=config.attn_implementation,
-                trainable_layers=config.trainable_layers,
-                lora_r=config.lora_r,
-                lora_alpha=config.lora_alpha,
-                lora_target_modules=config.lora_target_modules,
-                gradient_checkpointing=config.gradient_checkpointing,
                 with_reference=False,
-                revision=config.model_revision,
-                trust_remote_code=config.trust_remote_code,
+                **loading_words(config, device),
             )
         task = SFTTask(policy, train_data, held_out, num_eval_examples=config.num_eval_examples, packing=config.packing)
         for note in policy.notes:
@@ -88,6 +68,7 @@ def sft(
                 "no packing: this architecture does not let examples share a row unseen by each other, so each has a "
                 "row of its own beside others of like length"
             )
+        run_dir = Path(config.output_dir)
         return train_supervised(config, task, run_dir, display, stack, derived=_with_perplexity, pack=task.pack)
 
 

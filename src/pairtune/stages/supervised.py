@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pairtune.config import VERB_OF, SupervisedWords, config_to_yaml, supervised_warnings
+from pairtune.config import VERB_OF, RewardConfig, SFTConfig, SupervisedWords, config_to_yaml, supervised_warnings
 from pairtune.data import shard
 from pairtune.errors import PairtuneError
 from pairtune.models.loading import MasterWeights
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
-from pairtune.runs.metrics import RunLog, Timer, check_trackers
+from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
 from pairtune.runs.signals import stop_on_signals
 from pairtune.stages.optimization import (
     TrainResult,
@@ -84,17 +84,56 @@ class SupervisedTask(Protocol):
 # ------------------------------------------------------------------------------------------------------ before the loop
 
 
-def prepare_run(config: SupervisedWords, *, device: str, num_threads: int | None) -> str:
+def prepare_run(config: SFTConfig | RewardConfig) -> str:
     """The first thing a stage does: join the process group, seed, and refuse what can be refused before anything is
     loaded. Returns the device that this process shall use, in the words of `load_policy`."""
-    process_device = distributed.init_from_env(device)
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
+    process_device = distributed.init_from_env(config.device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
     check_trackers(config.report_to)
     if distributed.is_main():
         folder.check(config.output_dir, config_to_yaml(config), overwrite=config.overwrite, resume=config.resume)
-    return device if process_device is None else str(process_device)
+    return config.device if process_device is None else str(process_device)
+
+
+def begin_display(
+    config: SupervisedWords,
+    stack: contextlib.ExitStack,
+    num_rows: int,
+    *,
+    notes: Sequence[str],
+    held_out: Sequence[str],
+) -> Display:
+    """A display that `stack` closes, with the losses of a run that goes on, and what was left out of the data."""
+    done = read_jsonl(Path(config.output_dir) / folder.METRICS) if config.resume else []
+    display = stack.enter_context(
+        Display(
+            num_updates(config, num_rows),
+            max_minutes=config.max_minutes,
+            headline="loss",
+            rewards=[line.get("loss") for line in done],
+        )
+    )
+    for note in [*notes, *(f"held-out: {note}" for note in held_out)]:
+        display.message(note)
+    return display
+
+
+def loading_words(config: SFTConfig | RewardConfig, device: str) -> dict[str, Any]:
+    """What `load_policy` and `load_reward_backbone` are told alike."""
+    return {
+        "dtype": folder.compute_dtype(Path(config.output_dir), config.dtype, resume=config.resume),
+        "device": device,
+        "attn_implementation": config.attn_implementation,
+        "trainable_layers": config.trainable_layers,
+        "lora_r": config.lora_r,
+        "lora_alpha": config.lora_alpha,
+        "lora_target_modules": config.lora_target_modules,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "revision": config.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
 
 
 def updates_per_epoch(config: SupervisedWords, num_rows: int) -> int:

@@ -266,10 +266,12 @@
     const name = `clip-${figure.dataset.figure}`.replace(/[^A-Za-z0-9-]/g, "-");
     const clip = svg("clipPath", { id: name }, svg("defs", {}, picture));
     svg("rect", { x: area.left, y: area.top - 6, width: area.right - area.left + 8, height: area.bottom - area.top + 12 }, clip);
+    // Many intervals would hide what they belong to; the values under the pointer are told in any case.
+    const pale = Math.min(0.65, Math.max(0.16, 25 / series.reduce((count, one) => count + (one.interval === "bars" && !one.faint ? one.points.length : 0), 1)));
     const ground = svg("g", { "clip-path": `url(#${name})` }, picture);
     // Faint ones first: the means lie on top of their seeds.
     for (const one of [...series].sort((a, b) => (b.faint || b.kind === "area") - (a.faint || a.kind === "area"))) {
-      drawSeries(ground, one, px, py);
+      drawSeries(ground, one, px, py, pale);
     }
     series.forEach((one) => {
       for (const point of one.points) {
@@ -287,7 +289,7 @@
     for (let size = 12; size > 8 && text.getComputedTextLength() > room; size--) text.style.fontSize = `${size - 1}px`;
   }
 
-  function drawSeries(parent, one, px, py) {
+  function drawSeries(parent, one, px, py, pale) {
     const stroke = colour(one.slot), group = svg("g", { opacity: one.faint ? 0.4 : 1, "data-series": one.name, "data-faint": one.faint ? "yes" : "no" }, parent);
     const points = one.points.filter((point) => Number.isFinite(px(point.x)) && Number.isFinite(py(point.y)));
     if (!points.length) return;
@@ -300,8 +302,8 @@
     }
     if (one.interval === "band") svg("path", { d: `M${path(low).join("L")}L${path(high).reverse().join("L")}Z`, fill: stroke, opacity: 0.16 }, group);
     if (one.interval === "bars") for (const p of points) {
-      if (known(p.low) && known(p.high)) svg("path", { d: `M${px(p.x)},${py(p.low)}V${py(p.high)}`, stroke, "stroke-width": 1, opacity: 0.65 }, group);
-      if (known(p.x_low) && known(p.x_high)) svg("path", { d: `M${px(p.x_low)},${py(p.y)}H${px(p.x_high)}`, stroke, "stroke-width": 1, opacity: 0.65 }, group);
+      if (known(p.low) && known(p.high)) svg("path", { d: `M${px(p.x)},${py(p.low)}V${py(p.high)}`, stroke, "stroke-width": 1, opacity: pale }, group);
+      if (known(p.x_low) && known(p.x_high)) svg("path", { d: `M${px(p.x_low)},${py(p.y)}H${px(p.x_high)}`, stroke, "stroke-width": 1, opacity: pale }, group);
     }
     if (one.kind === "line" && points.length > 1) svg("path", { d: `M${path((p) => p.y).join("L")}`, fill: "none", stroke, "stroke-width": one.faint ? 1 : 2, "stroke-linejoin": "round", "stroke-dasharray": dash(one) }, group);
     if (one.kind === "points" || one.marked || points.length === 1)
