@@ -462,6 +462,8 @@ NOTES = """\
   other samples. The SFT policy and the language are the same for all.
 - The peak is that of the mean over seeds, found on the same seeds that the change after it is taken from: chance alone
   would make a flat course seem to fall a little.
+- Compare the shapes of gold and proxy, not their heights: a proxy that stopped early is less sure than the gold reward
+  that drew its labels, and its gains are smaller. What tells is that the proxy goes on rising where gold does not.
 - A proxy is one that few comparisons make, stopped where {held_out} held-out ones are likeliest. A larger dataset also
   pays for more updates; what differs between the columns is both.
 - beta is 0: what stops a run is that nothing is left to gain from the proxy. With a pull to the reference runs would
@@ -543,8 +545,8 @@ def as_markdown(record: dict[str, Any]) -> str:
 
 # ----------------------------------------------------------------------------------------------------------- the figure
 
-COLOURS = ("#9ecae1", "#4292c6", "#2171b5", "#08306b", "#000000")
-"""From few comparisons to many, told apart in grey too; what lies beyond the last is black."""
+COLOURS = ("#74b3dd", "#3d8dc9", "#1f66ab", "#08306b")
+"""From few comparisons to many, told apart in grey too."""
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -561,7 +563,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         "axes.spines.right": False,
     }
     arms = {arm: runs for arm, runs in record["arms"].items() if arm != GOLD}
-    colour_of = {arm: COLOURS[-1 - len(arms) + k] for k, arm in enumerate(arms)}
+    colour_of = {arm: COLOURS[len(COLOURS) - len(arms) + k] for k, arm in enumerate(arms)}
     with rc_context(style):
         figure = Figure(figsize=(2.0 * len(arms) + 3.2, 4.6), layout="constrained")
         grid = figure.add_gridspec(2, len(arms) + 1, width_ratios=[1.0] * len(arms) + [1.6])
@@ -587,6 +589,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 )
                 axes.axhline(0, color="#888888", lw=0.5)
                 if row == 0:
+                    last_above = axes
                     axes.set_title(f"{named(arm)} comparisons", fontsize=8, loc="left")
                 if column:
                     axes.tick_params(labelleft=False)
@@ -608,7 +611,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
             together.margins(x=0.12)
             together.set_xlabel("KL to SFT, nats")
             together.set_title(f"{title}, gold only, by comparisons", fontsize=8, loc="left")
-        handles, labels = first[0].get_legend_handles_labels()
+        handles, labels = last_above.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False, fontsize=8)
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
 
@@ -623,6 +626,7 @@ def parser() -> argparse.ArgumentParser:
         "--comparisons", type=int, nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="default: all"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results; older ones are replaced")
+    parser.add_argument("--redraw", action="store_true", help="text and figure anew, from the numbers that are there")
     return parser
 
 
@@ -630,6 +634,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser().parse_args(argv)
     torch.set_num_threads(1)
+    if args.redraw:
+        write(json.loads((args.output / "overoptimisation.json").read_text()), args.output)
+        return
     source = provenance("overoptimisation", argv, args.output)
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

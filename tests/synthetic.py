@@ -1,4 +1,4 @@
-"""Run folders as training would leave them, made up in a moment: several methods, betas and seeds on the same prompts."""
+"""Run folders as training would leave them, made up in a moment: several methods, betas and seeds, the same prompts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,22 @@ EVIL = '</script><script>document.title = "taken"</script><!-- <script> \u2028 <
 
 SKILL = {"p3o": 0.30, "ppo": 0.22, "rloo": 0.26, "online_dpo": 0.20, "raft": 0.12, "reinforce": 0.18, "copg": 0.24}
 """How much reward a method gets for the square root of a nat."""
-WORDS = (
-    "the a cat river stone walks gently over every old bridge while rain falls and nobody minds at all today".split()
-)
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "river",
+    "stone",
+    "walks",
+    "gently",
+    "over",
+    "every",
+    "old",
+    "bridge",
+    "while",
+    "rain",
+    "falls",
+]
 
 
 def _interval(values: list[float]) -> dict[str, float]:
@@ -55,12 +68,22 @@ def make_run(
         kl = _kl(step / steps[-1], beta)
         metrics.append(
             {
-                "step": step, "reward": 0.1 + SKILL[algorithm] * math.sqrt(kl) + luck + rng.gauss(0, 0.03), "kl": kl,
-                "loss": rng.gauss(0, 1), "entropy": 3 - 0.2 * kl, "grad_norm": rng.uniform(1, 2), "learning_rate": 1e-4,
-                "completions/mean_length": 20 + rng.gauss(0, 1), "completions/clipped_ratio": 0.2, "clip_ratio": 0.1,
-                "num_tokens": 500 * step, "step_time": 1.0, "time/sample": 0.4, "time/update": 0.5,
+                "step": step,
+                "reward": 0.1 + SKILL[algorithm] * math.sqrt(kl) + luck + rng.gauss(0, 0.03),
+                "kl": kl,
+                "loss": rng.gauss(0, 1),
+                "entropy": 3 - 0.2 * kl,
+                "grad_norm": rng.uniform(1, 2),
+                "learning_rate": 1e-4,
+                "completions/mean_length": 20 + rng.gauss(0, 1),
+                "completions/clipped_ratio": 0.2,
+                "clip_ratio": 0.1,
+                "num_tokens": 500 * step,
+                "step_time": 1.0,
+                "time/sample": 0.4,
+                "time/update": 0.5,
             }
-        )  # fmt: skip
+        )
     evaluations, samples = [], []
     for step in steps:
         kl = _kl(step / steps[-1], beta)
@@ -75,11 +98,19 @@ def make_run(
                 evil = row == 0 and step == steps[-1]
                 lines.append(
                     {
-                        "step": step, "split": "eval", "row": row, "prompt": EVIL if row == 1 else f"Tell me of thing {row}.",
-                        "completion_index": k, "completion": EVIL if evil else text, "completion_ids": list(range(length)),
-                        "reward": reward, "kl": kl_here, "kl_k1": kl_here + rng.gauss(0, 0.1), "truncated": length == 24,
+                        "step": step,
+                        "split": "eval",
+                        "row": row,
+                        "prompt": EVIL if row == 1 else f"Tell me of thing {row}.",
+                        "completion_index": k,
+                        "completion": EVIL if evil else text,
+                        "completion_ids": list(range(length)),
+                        "reward": reward,
+                        "kl": kl_here,
+                        "kl_k1": kl_here + rng.gauss(0, 0.1),
+                        "truncated": length == 24,
                     }
-                )  # fmt: skip
+                )
         samples += lines
         quantities = {
             "reward": [line["reward"] for line in lines],
@@ -100,8 +131,12 @@ def _kl(progress: float, beta: float) -> float:
 
 
 def make_grid(
-    path: Path, methods: tuple[str, ...] = ("p3o", "ppo", "rloo"), betas: tuple[float, ...] = (0.05,), num_seeds: int = 3, **kwargs: Any
-) -> list[Path]:  # fmt: skip
+    path: Path,
+    methods: tuple[str, ...] = ("p3o", "ppo", "rloo"),
+    betas: tuple[float, ...] = (0.05,),
+    num_seeds: int = 3,
+    **kwargs: Any,
+) -> list[Path]:
     """One run a method, beta and seed."""
     return [
         make_run(path / f"{method}-{beta}-{seed}", method, beta=beta, seed=seed, **kwargs)

@@ -103,6 +103,7 @@ def test_all_stages_and_their_record(
         wins = [float(b > a) + 0.5 * float(a == b) for row in range(5) for a in old[row] for b in new[row]]
         assert one["win_rate"]["mean"] == pytest.approx(sum(wins) / 20)
         assert one["win_rate"]["low"] <= one["win_rate"]["mean"] <= one["win_rate"]["high"]
+        assert 0 <= one["win_rate_at_equal_length"]["low"] <= one["win_rate_at_equal_length"]["high"] <= 1
     # They are two models: other heads, other comparisons.
     assert record["policies"]["sft"]["rewards/reward_a"] != record["policies"]["sft"]["rewards/reward_b"]
     assert "kl" not in record["policies"]["sft"]
@@ -125,6 +126,7 @@ def test_all_stages_and_their_record(
     assert "holds the result of reward_b with other settings; give another --output" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_stage_goes_on(
     start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

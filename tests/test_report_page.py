@@ -100,9 +100,7 @@ def test_every_kind_of_run_opens(browser: Browser, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runs_of_all_three_stages_as_they_are_made(
-    browser: Browser, tmp_path: Path, tiny_model_folder: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_runs_of_all_three_stages_as_they_are_made(browser: Browser, tmp_path: Path, tiny_model_folder: str) -> None:
     words: dict[str, Any] = {"model": tiny_model_folder, "dataset": "passed in", "chat": "never", "device": "cpu"}
     words |= {"dtype": "float32", "batch_size": 4, "max_steps": 3, "eval_steps": 0, "learning_rate": 1e-3}
     prompts = [{"prompt": f"say {word}: "} for word in ("ab", "c", "dd", "e")]

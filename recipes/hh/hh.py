@@ -35,9 +35,10 @@ from transformers.utils import logging
 from pairtune import PairtuneError, TrainConfig, evaluate, sft, train
 from pairtune.config import EvaluateConfig, RewardConfig, SFTConfig, Words, config_to_yaml, load_config
 from pairtune.data import columns_of, dataset_name, load_dataset_rows, missing_column
+from pairtune.evidence.head_to_head import Games, length_controlled, win_rate
 from pairtune.feedback.reward_model import RewardModel
 from pairtune.maths.calibration import pearson
-from pairtune.maths.statistics import bootstrap_difference, bootstrap_mean
+from pairtune.maths.statistics import Estimate, bootstrap_difference
 from pairtune.models.loading import load_tokenizer
 from pairtune.models.weights import resolve_model
 from pairtune.runs.folder import write_atomic
@@ -281,18 +282,24 @@ def make_record(output: Path) -> dict[str, Any]:
 
 
 def compare(before: list[Row], after: list[Row], reward_name: str) -> dict[str, Any]:
-    """One judge on both policies. Prompts are resampled, with all their completions under both."""
+    """One judge on both policies. A game is a completion of each for one prompt; intervals are over prompts."""
     old, new = column(before, reward_name), column(after, reward_name)
-    wins = (new[:, :, None] > old[:, None]).double() + 0.5 * (new[:, :, None] == old[:, None])
+    old_lengths, new_lengths = (column(samples, "completion_ids", len) for samples in (before, after))
+    games = Games.from_scores(new[None], old[None], new_lengths[None], old_lengths[None], fixed=(False, True))
     return {
         "gain": bootstrap_difference(new.mean(1), old.mean(1))._asdict(),
-        "win_rate": bootstrap_mean(wins.mean((1, 2)))._asdict(),
+        "win_rate": ends(win_rate(games)),
+        "win_rate_at_equal_length": ends(length_controlled(games).win_rate),
         "std_before": old.std().item(),
         "length_correlation": {
-            "sft": correlation(old.flatten(), column(before, "completion_ids", len).flatten()),
-            "p3o": correlation(new.flatten(), column(after, "completion_ids", len).flatten()),
+            "sft": correlation(old.flatten(), old_lengths.flatten()),
+            "p3o": correlation(new.flatten(), new_lengths.flatten()),
         },
     }
+
+
+def ends(estimate: Estimate) -> dict[str, float]:
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
 def column(samples: list[Row], name: str, of: Callable[[Any], float] = float) -> Tensor:
@@ -333,18 +340,22 @@ def as_markdown(record: dict[str, Any]) -> str:
         f"{record['num_prompts']} prompts; both reward models score the completions of both policies. KL in nats "
         "to the policy of the first stage, length in tokens.",
         "",
-        "| | sft | p3o | p3o less sft | p3o wins |",
-        "|---|---:|---:|---:|---:|",
+        "| | sft | p3o | p3o less sft | p3o wins | at equal length |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for judge, what in JUDGES.items():
         one = record["comparison"][judge]
-        cells = [cell(policies[name][f"rewards/{judge}"]) for name in policies]
-        lines.append(
-            f"| {what} | {' | '.join(cells)} | {cell(one['gain'], '{:+.3f}')} | {cell(one['win_rate'], '{:.1%}')} |"
-        )
+        cells = [cell(policies[name][f"rewards/{judge}"]) for name in policies] + [cell(one["gain"], "{:+.3f}")]
+        cells += [cell(one[name], "{:.1%}") for name in ("win_rate", "win_rate_at_equal_length")]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
     for name in MEASURES:
         cells = [cell(policies[policy][name]) if name in policies[policy] else "0" for policy in policies]
-        lines.append(f"| {name} | {' | '.join(cells)} | | |")
+        lines.append(f"| {name} | {' | '.join(cells)} | | | |")
+    lines += [
+        "",
+        "At equal length: what a logistic fit of the wins on the difference of lengths says of completions of one "
+        "length (Dubois et al. 2024, arXiv 2404.04475); a guess where the lengths of the two hardly overlap.",
+    ]
     of_length = [
         f"{judge} {shown(values['sft'])} before and {shown(values['p3o'])} after"
         for judge, values in ((judge, record["comparison"][judge]["length_correlation"]) for judge in JUDGES)

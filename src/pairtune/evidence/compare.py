@@ -486,13 +486,11 @@ class _Worker(threading.Thread):
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
-        config = cell.config.model_dump()
         order: dict[str, Any] = {"name": cell.name, "method": cell.method, "settings": cell.settings}
-        order |= {
-            "config": config,
-            "task": self._config.task.model_dump(),
-            "keep_checkpoints": self._config.keep_checkpoints,
-        }
+        order |= {"config": cell.config.model_dump(), "task": self._config.task.model_dump()}
+        order |= {"keep_checkpoints": self._config.keep_checkpoints}
+        if self._stopping:
+            process.terminate()
         with contextlib.suppress(OSError):
             process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
@@ -536,6 +534,9 @@ def work() -> None:
         orders.put("")
 
     threading.Thread(target=listen, daemon=True).start()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     with _sigterm_interrupts(), contextlib.suppress(KeyboardInterrupt):
         while line := orders.get():
             order = json.loads(line)

@@ -114,7 +114,6 @@ class Rows:
     x_name: str = ""
     reference: float | None = None
     """A value to compare with, drawn through all rows."""
-    x_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -332,8 +331,6 @@ def _draw_rows(axes: Any, rows: Rows) -> None:
     axes.set_ylim(len(rows.rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(rows.x_label)
-    if rows.x_range is not None:
-        axes.set_xlim(rows.x_range)
 
 
 def _draw_heat_map(axes: Any, heat_map: HeatMap) -> None:

@@ -320,7 +320,7 @@
     const longest = Math.max(4, ...rows.map((row) => row.name.length));
     const gutter = narrow ? 10 : Math.min(width * 0.42, 7.1 * longest + 16);
     const area = { left: gutter, right: width - 14, bottom: height - 42 };
-    const [x0, x1] = chart.x_range || extent(rows.flatMap((row) => [row.value, row.low, row.high, chart.reference, ...(row.quantiles || [])]), 0.05);
+    const [x0, x1] = extent(rows.flatMap((row) => [row.value, row.low, row.high, chart.reference, ...(row.quantiles || [])]), 0.05);
     const px = scale(x0, x1, area.left, area.right, false);
     for (const [value, text] of ticks(x0, x1, Math.max(4, Math.floor((area.right - area.left) / 75)), false)) {
       svg("line", { x1: px(value), x2: px(value), y1: top, y2: area.bottom, class: "grid" }, picture);
