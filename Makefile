@@ -40,7 +40,7 @@ hh: $(VENV)/.demo  ## the three stages on human preferences, judged by a second 
 	$(BIN)/python recipes/hh/hh.py $(ARGS)
 
 test: lint  ## lint, then the fast tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: $(VENV)/.dev $(VENV)/.demo  ## the slow tests: mutations, kill -9, the real model
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not gpu" -n 2 $(ARGS)

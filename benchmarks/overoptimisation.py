@@ -550,8 +550,8 @@ COLOURS = ("#74b3dd", "#3d8dc9", "#1f66ab", "#08306b")
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Above a panel a number of comparisons, P3O; below best-of-n; and all gold curves together on a plain KL axis. The
-    same record gives the same bytes."""
+    """Above P3O, below best-of-n: a panel a number of comparisons, and all gold curves on a plain KL axis. Thin lines
+    are seeds, the band is the interval of their mean. The same record gives the same bytes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter
@@ -570,6 +570,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
         first: dict[int, Any] = {}
         for row, (optimiser, title) in enumerate({"p3o": "P3O", "best_of_n": "best-of-n"}.items()):
             perfect = course(record["arms"][GOLD], optimiser, "gold")
+            # The panels show every seed; an interval of few seeds may be wider than they are.
+            low, high = 0.0, max(perfect["mean"])
+            ends: dict[str, tuple[float, float]] = {}
             together = figure.add_subplot(grid[row, len(arms)])
             for column, (arm, runs) in enumerate(arms.items()):
                 share = {"sharex": first[row], "sharey": first[row]} if column else {}
@@ -582,6 +585,10 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 bounds = [[m + s * h for m, h in zip(gold["mean"], gold["half"], strict=True)] for s in (-1, 1)]
                 axes.fill_between(gold["d"], *bounds, color=colour, alpha=0.25, lw=0)
                 axes.plot(gold["d"], gold["mean"], color=colour, lw=1.8, label="gold")
+                for run in runs:
+                    one = at_distances(run[optimiser], "gold", gold["d"])
+                    axes.plot(gold["d"], one, color=colour, lw=0.5, alpha=0.8)
+                    low, high = min(low, *one), max(high, *one)
                 pairs = [fit(run[optimiser], optimiser) for run in runs]
                 mean_fit = tuple(statistics.fmean(column) for column in zip(*pairs, strict=True))
                 axes.plot(
@@ -602,13 +609,19 @@ def draw(record: dict[str, Any], path: Path) -> None:
                 axes.set_xlabel("KL to SFT, nats (root scale)")
                 squares = [d * d for d in gold["d"]]
                 together.plot(squares, gold["mean"], color=colour, lw=1.5)
-                together.annotate(
-                    named(arm), (squares[-1], gold["mean"][-1]), xytext=(3, 0), textcoords="offset points",
-                    color=colour, va="center", fontsize=7,
-                )  # fmt: skip
+                ends[arm] = squares[-1], gold["mean"][-1]
             together.plot([d * d for d in perfect["d"]], perfect["mean"], color="#b0b0b0", lw=0.9)
             together.axhline(0, color="#888888", lw=0.5)
             together.margins(x=0.12)
+            first[row].set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+            gap = 0.07 * (high - min(0.0, *(end for _, end in ends.values())))
+            lowest = -math.inf
+            for arm, (kl, end) in sorted(ends.items(), key=lambda item: item[1][1]):
+                lowest = max(end, lowest + gap)  # a name over the one below it
+                together.annotate(
+                    named(arm), (kl, lowest), xytext=(3, 0), textcoords="offset points",
+                    color=colour_of[arm], va="center", fontsize=7,
+                )  # fmt: skip
             together.set_xlabel("KL to SFT, nats")
             together.set_title(f"{title}, gold only, by comparisons", fontsize=8, loc="left")
         handles, labels = last_above.get_legend_handles_labels()

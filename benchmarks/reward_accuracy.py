@@ -87,7 +87,8 @@ class Experiment:
         self.task = RewardTask(self.backbone, self.data, cache_bytes=UNLIMITED)
         masters = self.task.masters
         self._start = {name: m.detach().clone() for name, m in zip(masters.names, masters.masters, strict=True)}
-        first_turns = [prompt[0]["content"].lower() for prompt in self.data.data.prompts]
+        # Those of the dataset: a long dialogue has lost its own.
+        first_turns = [rows[row]["prompt"][0]["content"].lower() for row in self.data.data.prompt_dataset.numbers]
         number = {turn: place for place, turn in enumerate(dict.fromkeys(first_turns))}
         self.groups = torch.tensor([number[turn] for turn in first_turns])
         """(N,) rows of one number begin with the same question."""

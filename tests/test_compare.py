@@ -24,6 +24,7 @@ from pairtune import PairtuneError
 from pairtune.cli import main
 from pairtune.config import CompareConfig, config_to_yaml, load_config
 from pairtune.evidence import compare as compare_module
+from pairtune.evidence import comparison
 from pairtune.evidence.compare import compare
 from pairtune.evidence.comparison import clip_of, show
 from pairtune.evidence.grid import PRESETS, grid_of
@@ -294,12 +295,23 @@ def test_a_second_run_of_a_finished_comparison_changes_no_byte(copied: Path, mon
     monkeypatch.setattr(compare_module, "_train", never)
     compare(config(copied, **TWO))
     assert digests(copied) == before
-    # And tables made anew are the same, whatever the number of threads.
+    # And tables made anew are the same.
     (copied / "comparison.json").unlink()
-    torch.set_num_threads(2)
     compare(config(copied, **TWO))
-    torch.set_num_threads(1)
     assert digests(copied) == before
+
+
+def test_tables_are_added_up_on_one_thread_whatever_the_cells_had(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another number adds in another order: a resumed grid differed in the last digits of its tables."""
+    threads: list[int] = []
+    monkeypatch.setattr(comparison, "_tables", lambda *_: threads.append(torch.get_num_threads()))
+    torch.set_num_threads(2)
+    comparison.tables(config(finished, **TWO), grid_of(config(finished, **TWO)), None)
+    threads.append(torch.get_num_threads())
+    torch.set_num_threads(1)
+    assert threads == [1, 2]
 
 
 @pytest.mark.usefixtures("no_page")

@@ -167,6 +167,8 @@ REWARD_OUT_OF_RANGE = [
     ("reward.loss", "listwise", "plackett_luce or pairwise"),
     ("reward.centring", -1, "a number >= 0"),
     ("reward.label_smoothing", 0.5, "a number >= 0 and < 0.5"),
+    ("num_layers", 0, "a whole number > 0 or null"),
+    ("activation_cache_gb", -1, "a number >= 0"),
 ]
 """What `sft` lacks, or takes otherwise."""
 
@@ -707,6 +709,10 @@ UNLIKE_DEFAULT: dict[str, Any] = {
     "reward.centring": 0.01,
     "reward.label_smoothing": 0.1,
     "reward.normalise_mean": True,
+    "reward.fit_head": True,
+    "num_layers": 3,
+    "activation_cache_gb": 0.0,
+    "packing": True,
     "ref_model": "other/model",
     "reward_model": "some/reward-model",
     "best_of_n": 4,

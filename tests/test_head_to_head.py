@@ -186,6 +186,11 @@ def test_the_matrix_holds_every_pair_from_both_sides() -> None:
             assert one is not None
             assert other is not None
             assert one.mean + other.mean == 1
+    judged = {("x", "y"): Games.from_verdicts(torch.tensor([0.1, 0.7, 0.1], dtype=torch.float64))}
+    (_, one), (other, _) = win_matrix(judged).rates
+    assert one is not None
+    assert other is not None
+    assert one.mean + other.mean == 1
     assert found.rates[0][3] == win_rate(Games.from_scores(four_policies()["a"], four_policies()["d"]))
 
 
@@ -351,9 +356,15 @@ def test_sides_mirror_each_other_in_the_length_controlled_rate() -> None:
     assert other.phi.mean == pytest.approx(one.phi.mean)
 
 
-def test_the_error_of_the_length_controlled_rate_is_that_of_leaving_each_prompt_out() -> None:
+@pytest.mark.parametrize("kind", ["completions of several seeds", "lengths that a few prompts decide"])
+def test_the_error_of_the_length_controlled_rate_is_that_of_leaving_each_prompt_out(kind: str) -> None:
     """Refitted every time, with the lengths' standard deviation anew."""
     found = games(60)
+    if kind != "completions of several seeds":
+        random = torch.Generator().manual_seed(0)
+        longer = torch.exp(0.5 * torch.randn(60, 1, generator=random, dtype=torch.float64)).expand(60, 20) - 1
+        liked = torch.rand(60, 20, generator=random, dtype=torch.float64) < torch.sigmoid(3 * torch.tanh(longer))
+        found = Games.from_verdicts(liked.double(), longer)
     controlled = length_controlled(found)
 
     def refit(prompt: int) -> Any:
@@ -365,7 +376,7 @@ def test_the_error_of_the_length_controlled_rate_is_that_of_leaving_each_prompt_
     for name in ("win_rate", "phi"):
         estimate: Estimate = getattr(controlled, name)
         expected = jackknife(lambda p, name=name: getattr(refits[p], name).mean, 60)
-        assert estimate.prompt_error == pytest.approx(expected, rel=0.06)
+        assert estimate.prompt_error == pytest.approx(expected, rel=0.08)
 
 
 def test_lengths_of_a_policy_that_won_everything() -> None:

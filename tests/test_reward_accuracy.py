@@ -28,6 +28,12 @@ def turn(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
 
+def long_dialogue(first: str, second: str) -> dict[str, Any]:
+    """Its oldest turns do not fit into the prompt."""
+    prompt = [*turn("user", first), *turn("assistant", "x" * 120), *turn("user", second)]
+    return {"prompt": prompt, "chosen": turn("assistant", "a?"), "rejected": turn("assistant", "b!")}
+
+
 draw = random.Random(0)
 ROWS = [
     {
@@ -35,9 +41,10 @@ ROWS = [
         "chosen": turn("assistant", "".join(draw.choices("ab", k=draw.randint(1, 8))) + "?"),
         "rejected": turn("assistant", "".join(draw.choices("ab", k=draw.randint(1, 8))) + "!"),
     }
-    for _ in range(50)
-]
+    for _ in range(46)
+] + [long_dialogue(f"Question {n}", f"Another {n}") for n in range(4)]
 WORDS: dict[str, Any] = {
+    "max_prompt_length": 64,
     "num_layers": 2,
     "trainable_layers": 1,
     "batch_size": 8,
@@ -54,6 +61,7 @@ def experiment(tiny_tokenizer: Any, tmp_path: Path) -> ra.Experiment:
 
 
 def test_no_question_stands_on_two_sides(experiment: ra.Experiment) -> None:
+    assert "4 dialogues longer than max_prompt_length lost their oldest turns" in experiment.data.data.notes
     questions = [row["prompt"][0]["content"] for row in ROWS]
     for seed in range(3):
         folds = experiment.folds(seed)

@@ -50,7 +50,7 @@ BESIDE = HERE.parents[2] / "shared" / "data" / "hh-harmless-preferences.jsonl.gz
 """A part of the data, where a checkout has it beside it."""
 HELD_OUT, FOLD_A = 0.15, 0.425
 """Shares of the first turns; fold B is the rest."""
-SHARES = {"sft": 0.15, "reward_a": 0.22, "reward_b": 0.22, "p3o": 0.29, "evaluate": 0.12}
+SHARES = {"sft": 0.20, "reward_a": 0.17, "reward_b": 0.18, "p3o": 0.23, "evaluate": 0.22}
 """Of the whole time, measured: what the time that is left is told by."""
 JUDGES = {
     "reward_a": "the reward model that was optimised",

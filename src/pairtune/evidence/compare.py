@@ -166,14 +166,12 @@ def _status(cell: Cell) -> str | None:
 
 
 def run_cell(cell: Cell, task: TaskWords, *, keep_checkpoints: bool) -> dict[str, Any]:
-    """Run a cell unless it is finished; returns the contents of its cell.json.
+    """Run a cell, or let it go on where it was stopped; returns the contents of its cell.json.
 
     What `train` says goes into log.txt. An error ends in `status` failed and one sentence; a signal in stopped.
     """
     path = Path(cell.config.output_dir)
     before = read_json(path / CELL) or {}
-    if before.get("status") == "done":
-        return before
     path.mkdir(parents=True, exist_ok=True)
     (path / folder.LOCK).touch()  # marks it as pairtune's before `train` comes
     record = {"name": cell.name, "method": cell.method, "seed": cell.seed, "settings": cell.settings}

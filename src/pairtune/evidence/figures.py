@@ -202,7 +202,10 @@ def draw(figure: Figure) -> dict[str, bytes]:
         files = {}
         for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
             buffer = io.BytesIO()
-            canvas.savefig(buffer, format=suffix, dpi=200, metadata=metadata)
+            # Tight: the picture grows with its legend, which may be wider or higher than the axes leave room for.
+            legend = axes.get_legend()
+            shown: dict[str, Any] = {"bbox_inches": "tight", "bbox_extra_artists": [] if legend is None else [legend]}
+            canvas.savefig(buffer, format=suffix, dpi=200, metadata=metadata, **shown)
             files[suffix] = buffer.getvalue()
     return files
 
@@ -264,7 +267,7 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
             handlelength=1.6,
             columnspacing=1.2,
             fontsize=7.5,
-        )
+        ).set_in_layout(False)  # else many names would leave the axes no height
 
 
 def _roomy(values: list[tuple[float, float | None, float | None]]) -> tuple[float, float]:

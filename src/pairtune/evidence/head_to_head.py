@@ -96,13 +96,8 @@ class Games:
 
     @property
     def share(self) -> float:
-        """The share of games with a verdict that the first won, ties half; that of the second is 1 minus this, exactly.
-        NaN without a verdict."""
-        num_games = (~self.outcomes.isnan()).sum().item()
-        if not num_games:
-            return math.nan
-        won, lost = self.outcomes.nansum().item(), (1 - self.outcomes).nansum().item()
-        return won / num_games if won <= lost else 1 - lost / num_games
+        """The share of games with a verdict that the first won, ties half; NaN without a verdict."""
+        return self.outcomes.nanmean().item()
 
     def spread(self, values: Tensor | None = None) -> Tensor:
         """(S, S', P): what each prompt and pair of seeds adds to the mean of values (S, S', P, G) over the games with a
@@ -186,8 +181,11 @@ def win_matrix(games: Mapping[tuple[str, str], Games], *, level: float = 0.95) -
     rates: list[list[Estimate | None]] = [[None] * len(names) for _ in names]
     for (a, b), played in games.items():
         if played.num_prompts:
-            rates[names.index(a)][names.index(b)] = win_rate(played, level=level)
-            rates[names.index(b)][names.index(a)] = win_rate(played.swapped(), level=level)
+            rate = win_rate(played, level=level)
+            rates[names.index(a)][names.index(b)] = rate
+            # Not from the swapped games, whose sum might round another way.
+            other = rate._replace(mean=1 - rate.mean, low=1 - rate.high, high=1 - rate.low)
+            rates[names.index(b)][names.index(a)] = other
     return WinMatrix(names, rates)
 
 
@@ -252,12 +250,13 @@ def _strength_cells(
     for (a, b), played in games.items():
         i, j = index[a], index[b]
         moved = derivatives[:, i, j, None, None, None] * played.spread()
-        for name, sums, cells in ((a, arms[i], moved.mean(2)), (b, arms[j], moved.mean(1))):
+        of_first, of_second = moved.mean(2), moved.mean(1)
+        for name, sums, cells in ((a, arms[i], of_first), (b, arms[j], of_second)):
             if sums.dim() and sums.shape != cells.shape:
                 shapes = f"{tuple(sums.shape[1:])} and {tuple(cells.shape[1:])}"
                 raise ValueError(f"{name} has (seeds, prompts) {shapes} in its games, which must be the same")
         prompts = prompts + moved.mean((1, 2))
-        arms[i], arms[j] = arms[i] + moved.mean(2), arms[j] + moved.mean(1)
+        arms[i], arms[j] = arms[i] + of_first, arms[j] + of_second
         if played.one_sided:
             probability = torch.sigmoid(strengths[i] - strengths[j])
             unseen += derivatives[:, i, j] ** 2 * probability * (1 - probability) / played.num_prompts

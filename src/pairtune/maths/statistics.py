@@ -212,8 +212,8 @@ def crossed_estimate(
     variance says, so that a share of 0 or 1 has a width too.
 
     No random number is drawn. Coverage of the nominal 95% is measured in benchmarks/coverage.py: 93 to 97% with 60
-    log-normal prompts and 3 seeds. With one prompt the interval is over seeds alone, with one seed over prompts alone,
-    with both its ends are NaN. Raises ValueError where the shapes do not agree.
+    log-normal prompts and 3 seeds, down to 90% with 2 seeds. With one prompt the interval is over seeds alone, with one
+    seed over prompts alone, with both its ends are NaN. Raises ValueError where the shapes do not agree.
     """
     _check_prompts(prompts)
     _check_level(level)
