@@ -226,7 +226,7 @@ def test_nothing_to_resume(calls: Any, capsys: pytest.CaptureFixture[str], tmp_p
         (["train", *NEEDED, "--epsil", "3"], "--epsil is not a known setting; the nearest is --epsilon."),
         (["train", *NEEDED, "--clip", "none"], "--clip is not a known setting; the nearest is --p3o.clip."),
         (["train", *NEEDED, "--kl-coef=0.1"], "--kl-coef is not a known setting; the nearest is --beta."),
-        (["train", *NEEDED, "--max-steps", "3"], "--max-steps is not a known setting; the nearest is --max_steps."),
+        (["train", *NEEDED, "--max-step", "3"], "--max-step is not a known setting; the nearest is --max_steps."),
         (["train", *NEEDED, "--print_config"], "--print_config is not a known setting; the nearest is --print-config."),
         (["train", "--confg", "x"], "--confg is not a known setting; the nearest is --config."),
         (["train", *NEEDED, "--zzzz"], "--zzzz is not a known setting; `pairtune train --help` lists all of them."),
@@ -292,6 +292,23 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     monkeypatch.setitem(sys.modules, "pairtune.stages.rl", ends_with(ZeroDivisionError("a defect")))  # type: ignore[misc]
     with pytest.raises(ZeroDivisionError):  # a defect of ours keeps its traceback
         main(["train", *NEEDED])
+
+
+def test_dashes_stand_for_underscores(calls: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    dashed = [
+        "--max-steps",
+        "3",
+        "--learning-rate=1e-5",
+        "--p3o.max-ratio",
+        "4",
+        "--system-prompt",
+        "--not-a-flag is text",
+    ]
+    assert main(["train", *NEEDED, *dashed, "--print-config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["max_steps"], printed["learning_rate"], printed["p3o"]["max_ratio"]) == (3, 1e-5, 4.0)
+    assert printed["system_prompt"] == "--not-a-flag is text"
+    assert calls == []
 
 
 # -- What is printed ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -570,3 +571,53 @@ def test_group_arms_names_what_tells_arms_apart(finished: Path) -> None:
         ("P3O joint", [0, 1]),
         ("PPO", [0, 1]),
     ]
+
+
+# ----------------------------------------------------------------------------------------------------------- the record
+
+
+def recorded(comparison: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], str]:
+    """What `benchmarks/comparisons.py --record-only` writes: the JSON and the text."""
+    path = Path(__file__).parent.parent / "benchmarks" / "comparisons.py"
+    spec = importlib.util.spec_from_file_location("comparisons", path)
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    shutil.copy(comparison / "config.yaml", results / "two.yaml")
+    flags = [str(results / "two.yaml"), "--record-only", "--output_dir", str(comparison), "--results", str(results)]
+    monkeypatch.setattr(sys, "argv", ["comparisons.py", *flags])
+    bench.main()
+    record, text = json.loads((results / "two.json").read_text()), (results / "two.md").read_text()
+    assert bench.markdown(record, "two") == text
+    return record, text
+
+
+def test_a_record_says_what_the_comparison_says(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, text = recorded(finished, tmp_path, monkeypatch)
+    content = tables(finished)
+    assert record["num_done"] == record["num_cells"] == 4
+    assert "not complete" not in text
+    for arm, whole in zip(record["arms"], content["arms"], strict=True):
+        reward = [whole["end"]["reward"][k] for k in ("mean", "low", "high")]
+        assert arm["end"]["reward"] == pytest.approx(reward, rel=1e-4)
+        assert f"| {arm['name']} | 2 | {whole['end']['reward']['mean']:.3f} [" in text
+    chosen = {run["method"]: run["settings"] for run in content["sweep"]["runs"] if run["chosen"]}
+    for method, settings in chosen.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {method} | ") and "0.02: " in line)
+        assert f"| {settings['learning_rate']:g}" in line
+    assert (tmp_path / "two.svg").read_text().lstrip().startswith("<?xml")
+
+
+def test_a_comparison_that_is_not_complete_is_recorded_as_such(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (copied / "comparison.json").unlink()
+    shutil.rmtree(copied / "cells" / "ppo_seed-1")
+    results = tmp_path / "results"
+    results.mkdir()
+    record, text = recorded(copied, results, monkeypatch)
+    assert (record["num_done"], record["num_cells"]) == (3, 4)
+    assert "3 of 4 runs are finished, 0 failed." in text
+    assert "The comparison is not complete" in text
+    assert [len(arm["seeds"]) for arm in record["arms"]] == [2, 1]

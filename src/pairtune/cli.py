@@ -118,7 +118,7 @@ def _run(argv: list[str]) -> None:
         raise PairtuneError(
             f'"{name}" is not a verb of pairtune; {f"the nearest is {near[0]}" if near else _all_verbs()}.'
         )
-    flags, unknown = _parser(name).parse_known_args(argv or ["--help"])
+    flags, unknown = _parser(name).parse_known_args(_with_underscores(argv, name) or ["--help"])
     if flags.verb is None:
         raise PairtuneError(f"{name} stands where a verb should; {_all_verbs()}.")
     if unknown:
@@ -130,6 +130,21 @@ def _run(argv: list[str]) -> None:
         function = _handover(verb)
         _hide_progress_bars()
         function(config)
+
+
+def _with_underscores(argv: list[str], name: str) -> list[str]:
+    """The arguments, a setting that is spelled with dashes (`--max-steps`) as the setting that it is."""
+    if name not in VERBS or VERBS[name].config is None or not any("-" in word.lstrip("-") for word in argv):
+        return argv
+    from pairtune.config import keys_of
+
+    known = {f"--{key}" for key in keys_of(_config_class(VERBS[name]))}
+    words = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        spelled = "--" + flag[2:].replace("-", "_")
+        words.append(f"{spelled}{equals}{value}" if flag.startswith("--") and spelled in known else word)
+    return words
 
 
 def _hide_progress_bars() -> None:
