@@ -11,7 +11,6 @@ from that alone) and NAME.svg (the frontier of the report), NAME being that of t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
 import sys
@@ -226,9 +225,11 @@ def main() -> None:
     flags.results.mkdir(parents=True, exist_ok=True)
     write_atomic(flags.results / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     write_atomic(flags.results / f"{name}.md", markdown(record, name))
-    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(StopIteration):
-        write_report(config.output_dir, Path(scratch) / "report.html", figures=Path(scratch) / "figures")
-        figure = next((Path(scratch) / "figures").glob("frontier*.svg"))
+    with tempfile.TemporaryDirectory() as scratch:
+        write_report(config.output_dir, Path(scratch) / "report.html", figures=scratch)
+        # With several settings a method, their ends joined say more than forty courses over each other.
+        figures = [Path(scratch) / f"{figure}.svg" for figure in ("frontier-ends", "frontier")]
+        figure = next(path for path in figures if path.exists())
         write_atomic(flags.results / f"{name}.svg", figure.read_text("utf-8"))
     print(flags.results / f"{name}.md")
     if failed is not None:
