@@ -245,7 +245,7 @@ def proxy(policy: Path, folder: Path, count: int, seed: int, *, max_updates: int
     return folder / "checkpoints" / f"step-{best}", best
 
 
-def optimised(policy: Path, judge: Path | None, folder: Path, seed: int, *, steps: int = STEPS) -> dict[str, Any]:
+def optimised(policy: Path, judge: Path | None, folder: Path, seed: int) -> dict[str, Any]:
     """P3O on a proxy, or on the gold reward where there is none: steps, KL, proxy and gold, means over the topics."""
     config = TrainConfig(
         model=str(policy),
@@ -253,7 +253,7 @@ def optimised(policy: Path, judge: Path | None, folder: Path, seed: int, *, step
         reward_funcs=[str(judge)] if judge else [],
         reward_batch_size=512,
         max_completion_length=MAX_TOKENS,
-        max_steps=steps,
+        max_steps=STEPS,
         eval_steps=EVERY,
         eval_generations=GENERATIONS,
         save_steps=0,
