@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from limits import machine_line
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -215,7 +216,7 @@ def as_markdown(record: dict[str, Any]) -> str:
         "",
         f"`{record['command']}`",
         "",
-        "Machine and versions: " + "; ".join(f"{key} {value}" for key, value in record["environment"].items()),
+        machine_line(record),
         "",
         f"{record['num_rows']} comparisons of {record['num_first_turns']} first turns ({'; '.join(record['notes'])}); "
         f"{NUM_FOLDS} folds by first turn, made anew for every seed.",

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from limits import machine_line
 from torch.nn import functional as F
 
 from pairtune.config import RewardConfig
@@ -179,7 +180,7 @@ def as_markdown(record: dict[str, Any]) -> str:
         "",
         f"`{record['command']}`",
         "",
-        "Machine and versions: " + "; ".join(f"{key} {value}" for key, value in record["environment"].items()),
+        machine_line(record),
         "",
         f"{record['num_pairs']} comparisons of up to {record['max_tokens']} tokens. Seconds of the processor on one "
         "thread: median and range of the updates after the first. Operations are counted, the rate is their quotient.",

@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import random
+import shutil
+import signal
 import string
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -156,10 +158,34 @@ def tiny_mistral() -> PreTrainedModel:
     return build_tiny_model("mistral")
 
 
+def interrupt_update(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Ctrl-C at the beginning of an update, counted from 1, of the stages sft and reward."""
+    from pairtune.stages import supervised
+
+    update, calls = supervised._accumulate_gradients, []
+
+    def interrupt(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+
+    monkeypatch.setattr(supervised, "_accumulate_gradients", interrupt)
+
+
 @pytest.fixture
 def tiny_model_folder(tmp_path: Any, tiny_tokenizer: PreTrainedTokenizerFast) -> str:
     """A tiny Llama with its tokenizer, saved as `model:` of a configuration wants it."""
     folder = tmp_path / "tiny-llama"
     build_tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, _tokenizer_folder: str) -> str:
+    """The same, made once and only to be read."""
+    folder = tmp_path_factory.mktemp("model")
+    build_tiny_model("llama").save_pretrained(folder)
+    shutil.copytree(_tokenizer_folder, folder, dirs_exist_ok=True)
     return str(folder)

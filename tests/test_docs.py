@@ -19,7 +19,6 @@ import pytest
 import test_properties as properties
 import torch
 import yaml
-from conftest import build_tiny_model
 
 from pairtune.algorithms import ALGORITHMS
 from pairtune.cli import VERBS, main
@@ -82,14 +81,6 @@ def named(text: str) -> list[str]:
 
 
 # -- Where the examples run --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, _tokenizer_folder: str) -> str:
-    folder = tmp_path_factory.mktemp("docs-model")
-    build_tiny_model("llama").save_pretrained(folder)
-    shutil.copytree(_tokenizer_folder, folder, dirs_exist_ok=True)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

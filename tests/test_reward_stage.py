@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, EOS_ID, PAD_ID, SPECIAL_TOKENS, VOCAB_SIZE, build_tiny_model
+from conftest import CHAT_TEMPLATE, EOS_ID, PAD_ID, SPECIAL_TOKENS, VOCAB_SIZE, build_tiny_model, interrupt_update
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -30,7 +28,6 @@ from pairtune.models.reward_backbone import PAD_TOKEN, RewardBackbone, choose_pa
 from pairtune.models.values import ValueNetwork
 from pairtune.runs import checkpoint
 from pairtune.runs.metrics import read_jsonl, without_times
-from pairtune.stages import supervised
 from pairtune.stages.reward import RewardTask, reward
 from pairtune.stages.rl import TrainResult
 from pairtune.types import Completions
@@ -534,15 +531,7 @@ def test_rankings_are_learned(run: Run) -> None:
 
 def test_a_resumed_run_is_the_same_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(output_dir=str(tmp_path / "whole"), eval_steps=3, lora_r=4)
-    update, calls = supervised._accumulate_gradients, []
-
-    def interrupt(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(*args)
-
-    monkeypatch.setattr(supervised, "_accumulate_gradients", interrupt)
+    interrupt_update(monkeypatch, 2)
     parted = run(output_dir=str(tmp_path / "parted"), eval_steps=3, lora_r=4)
     assert (parted.steps, parted.finished) == (2, False)
     assert not (parted.output_dir / "reward_report.json").exists()

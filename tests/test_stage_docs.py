@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import test_docs as docs
-from conftest import build_tiny_model
 
 from pairtune.cli import main
 from pairtune.config import RewardConfig, SFTConfig, TrainConfig, keys_of, load_config
@@ -44,14 +42,6 @@ STAGES = {
 }
 PAGES = {name: ROOT / "docs" / f"{name}.md" for name in STAGES}
 NEEDED = {"model": "m", "dataset": "d"}
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory, _tokenizer_folder: str) -> str:
-    folder = tmp_path_factory.mktemp("stage-docs-model")
-    build_tiny_model("llama").save_pretrained(folder)
-    shutil.copytree(_tokenizer_folder, folder, dirs_exist_ok=True)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import build_tiny_model
+from conftest import build_tiny_model, interrupt_update
 
 from pairtune.config import RewardConfig
 from pairtune.feedback.comparisons import Comparisons, encode_comparisons
 from pairtune.models.reward_backbone import TrunkCache, load_reward_backbone
 from pairtune.runs import checkpoint
 from pairtune.runs.metrics import read_jsonl, without_times
-from pairtune.stages import supervised
 from pairtune.stages.reward import RewardTask, reward
 
 draw = random.Random(0)
@@ -168,15 +165,7 @@ def test_a_resumed_run_is_the_same_run(
 
     whole = run("whole")
     assert "the frozen layers meet 17 rows once" in capsys.readouterr().out.replace("\n", " ")
-    update, calls = supervised._accumulate_gradients, []
-
-    def interrupt(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(*args)
-
-    monkeypatch.setattr(supervised, "_accumulate_gradients", interrupt)
+    interrupt_update(monkeypatch, 4)
     parted = run("parted")
     run("parted", resume=True)
     for name in ("metrics", "evaluations"):

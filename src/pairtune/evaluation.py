@@ -208,7 +208,6 @@ def evaluate_reward_model(config: EvaluateConfig, dataset: Any = None) -> dict[s
     judge = RewardModel.from_pretrained(
         resolve_model(config.reward_model),
         device=device,
-        dtype=torch.float32 if device.type == "cpu" else "auto",
         trust_remote_code=config.trust_remote_code,
         batch_size=config.reward_batch_size,
         chat=config.chat,

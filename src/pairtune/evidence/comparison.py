@@ -79,8 +79,9 @@ from pairtune.evidence.runs import (
     read_run,
     shown,
 )
-from pairtune.maths.statistics import Estimate, Interval, Verdict, estimate_mean
+from pairtune.maths.statistics import Estimate, Interval, estimate_mean
 from pairtune.runs.display import clean
+from pairtune.runs.folder import without_nan
 
 VERSION = 1
 START = "starting policy"
@@ -143,22 +144,11 @@ def _tables(config: CompareConfig, grid: Grid, swept: dict[str, Any] | None) -> 
             "reward_funcs": config.held_out_reward_funcs,
             **(_head_to_head(arms, {**scores, START: start}) or {}),
         }
-    return _plain(content)
+    return without_nan(content)
 
 
 def _record(cell: Path) -> dict[str, Any]:
     return read_json(cell / CELL) or {"status": "missing"}
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: estimates and verdicts as objects, NaN as null."""
-    if isinstance(value, Estimate | Interval | Verdict):
-        return _plain(value._asdict())
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------------------------------------------------- single arms

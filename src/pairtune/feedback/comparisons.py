@@ -36,6 +36,7 @@ from pairtune.feedback.reward_model import RewardModel
 from pairtune.maths.calibration import Accuracy, Baseline, Bin, PairEvaluation, evaluate_pairs
 from pairtune.maths.reward_learning import MOST_TIED
 from pairtune.maths.statistics import Interval
+from pairtune.runs.folder import without_nan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -227,16 +228,8 @@ def evaluation_line(report: PairEvaluation) -> dict[str, Any]:
 
 def report_dict(report: PairEvaluation) -> dict[str, Any]:
     """All of a report for JSON, which has no NaN and no infinity: None stands for both."""
-    finite: dict[str, Any] = _finite({"beats_length_baselines": report.beats_length_baselines, **report.as_dict()})
+    finite: dict[str, Any] = without_nan({"beats_length_baselines": report.beats_length_baselines, **report.as_dict()})
     return finite
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report_table(report: PairEvaluation) -> Table:

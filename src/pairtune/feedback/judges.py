@@ -166,7 +166,6 @@ def load_judge(config: TrainConfig | JudgeConfig) -> Judge:
         reward_model = RewardModel.from_pretrained(
             path,
             device=device,
-            dtype=torch.float32 if device.type == "cpu" else "auto",
             trust_remote_code=config.trust_remote_code,
             batch_size=words.batch_size,
             chat=config.chat,

@@ -71,16 +71,19 @@ class RewardModel:
         name_or_path: str,
         *,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
         **settings: Any,
     ) -> RewardModel:
-        """Load a hub id or a local folder; `settings` are those of the constructor.
+        """Load a hub id or a local folder; `settings` are those of the constructor. Without a `dtype` it is float32 on
+        a CPU, elsewhere the checkpoint's own.
 
         Raises PairtuneError if it cannot be loaded, is no model with one label, or lacks trained weights for its head.
         """
         from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else "auto"
         try:
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
             _check_labels(config, name_or_path)

@@ -434,7 +434,6 @@ def load_rewards(
         RewardModel.from_pretrained(
             entry,
             device=device,
-            dtype=torch.float32 if device.type == "cpu" else "auto",
             trust_remote_code=config.trust_remote_code,
             batch_size=config.reward_batch_size,
             chat=config.chat,

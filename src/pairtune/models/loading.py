@@ -29,6 +29,7 @@ from pairtune.models.logprobs import (
     can_split,
     causal_lm,
     check_head,
+    decoder_layers,
     frozen_top,
 )
 from pairtune.models.values import ValueFunction, ValueHead, ValueNetwork
@@ -493,7 +494,7 @@ def _top_layers(model: Any, shared: bool, trainable_layers: int) -> tuple[Scorer
 def train_last_layers(model: Any, trainable_layers: int) -> None:
     """Let gradients reach the last decoder layers and the final norm, and nothing else."""
     decoder = body(model)
-    layers = getattr(decoder, "layers", getattr(decoder, "h", None))
+    layers = decoder_layers(model)
     if layers is None:
         raise PairtuneError(
             f"trainable_layers: {causal_lm(model).config.model_type!r} keeps its decoder layers under no name that "

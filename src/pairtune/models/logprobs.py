@@ -486,6 +486,12 @@ def body(model: Any) -> Any:
     return causal_lm(model).base_model
 
 
+def decoder_layers(model: Any) -> Any:
+    """The list of a model's decoder layers; None where it stands under no name that pairtune knows (layers, h)."""
+    decoder = body(model)
+    return getattr(decoder, "layers", getattr(decoder, "h", None))
+
+
 def split_body(decoder: Any, num_top_layers: int) -> tuple[Any, Any]:
     """(trunk, top): the decoder cut in two that share its parameters; the top takes the trunk's output as
     `inputs_embeds`."""

@@ -33,7 +33,7 @@ from pairtune.models.loading import (
     load_tokenizer,
     train_last_layers,
 )
-from pairtune.models.logprobs import Layout, body, can_share_prefix, can_split, run_decoder, split_body
+from pairtune.models.logprobs import Layout, body, can_share_prefix, can_split, decoder_layers, run_decoder, split_body
 from pairtune.models.values import scores_every_prefix
 from pairtune.models.weights import resolve_model
 
@@ -288,18 +288,16 @@ def keep_first_layers(model: Any, num_layers: int) -> str:
     What tells a good answer from a bad one is easiest to read in the middle of a language model; its last layers turn
     to the next token. Raises PairtuneError where the model has fewer layers, or keeps them under a name unknown here.
     """
-    decoder = body(model)
-    name = next((name for name in ("layers", "h") if hasattr(decoder, name)), None)
-    if name is None:
+    layers = decoder_layers(model)
+    if layers is None:
         raise PairtuneError(
             f"num_layers: {model.config.model_type!r} keeps its decoder layers under no name that pairtune knows "
             "(layers, h); leave num_layers out."
         )
-    layers = getattr(decoder, name)
     total = len(layers)
     if num_layers > total:
         raise PairtuneError(f"num_layers: {num_layers} is out of range, this model has {total} decoder layers.")
-    setattr(decoder, name, layers[:num_layers])
+    del layers[num_layers:]
     config = model.config.get_text_config()
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):

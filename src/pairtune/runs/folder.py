@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -136,13 +138,7 @@ def create(output_dir: str | Path, config_yaml: str, *, overwrite: bool = False,
     path = Path(output_dir)
     # Once before the lock file is made, so that a folder of somebody else stays untouched; and once under the lock.
     check(path, config_yaml, overwrite=overwrite, resume=resume)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
-    except OSError as error:
-        raise PairtuneError(
-            f"output_dir {path} could not be made ({error.strerror}); choose another --output_dir"
-        ) from error
+    lock = _make_and_lock(path)
     try:
         check(path, config_yaml, overwrite=overwrite, resume=resume)
         if overwrite:
@@ -160,13 +156,7 @@ def hold(path: str | Path, config_yaml: str) -> RunFolder:
     """Makes and locks a folder that holds runs in folders of their own, and writes its configuration where that is
     another one. Raises PairtuneError if it cannot be made or another process holds it."""
     path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = _lock(path)
-    except OSError as error:
-        raise PairtuneError(
-            f"output_dir {path} could not be made ({error.strerror}); choose another --output_dir"
-        ) from error
+    lock = _make_and_lock(path)
     try:
         tidy(path)
         resumed = (path / CONFIG).exists()
@@ -176,6 +166,16 @@ def hold(path: str | Path, config_yaml: str) -> RunFolder:
         lock.close()
         raise
     return RunFolder(path, lock, resumed)
+
+
+def _make_and_lock(path: Path) -> IO[str]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        return _lock(path)
+    except OSError as error:
+        raise PairtuneError(
+            f"output_dir {path} could not be made ({error.strerror}); choose another --output_dir"
+        ) from error
 
 
 def _lock(path: Path) -> IO[str]:
@@ -309,6 +309,17 @@ def write_environment(run_dir: str | Path, **extra: Any) -> None:
         first = json.loads(path.read_text("utf-8"))
         now = first | {"resumed": [*first.get("resumed", []), now]}
     write_atomic(path, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
+
+
+def without_nan(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity: None stands for both. Named tuples become dicts."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def environment() -> dict[str, Any]:

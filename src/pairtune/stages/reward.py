@@ -260,7 +260,7 @@ class RewardTask:
     def _rewards(self, comparisons: Comparisons, rows: Sequence[int]) -> tuple[Tensor, Tensor, int]:
         """Rewards (P, K), which of them there are (P, K), and how many tokens the model has read."""
         layout, features, mask = self._inputs(comparisons, rows)
-        return self.backbone.rewards(layout, features), mask, int((layout.segments >= 0).sum())
+        return self.backbone.rewards(layout, features), mask, layout.num_tokens
 
     def _inputs(self, comparisons: Comparisons, rows: Sequence[int]) -> tuple[Layout, Tensor | None, Tensor]:
         """What the model reads of rows, what its frozen layers are known to make of it, and which completions there

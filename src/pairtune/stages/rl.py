@@ -41,7 +41,7 @@ from pairtune.feedback.rewards import RewardSet, load_rewards
 from pairtune.maths.advantages import MovingAverage
 from pairtune.maths.masking import masked_mean, masked_sum
 from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
-from pairtune.models.logprobs import Scores, body
+from pairtune.models.logprobs import Scores, decoder_layers
 from pairtune.models.sampler import HFSampler
 from pairtune.models.values import ValueNetwork
 from pairtune.runs import checkpoint, distributed, folder
@@ -459,9 +459,8 @@ def _count_passes(
     scorer = policy.scorer
     forward = scorer.top_share
     # Below the layers that are trained no gradient flows, whether or not they were split off as a trunk.
-    decoder = body(policy.model)
-    layers = getattr(decoder, "layers", getattr(decoder, "h", ()))
-    backward = 1.0 if config.trainable_layers is None else config.trainable_layers / len(layers)
+    trained = config.trainable_layers
+    backward = 1.0 if trained is None else trained / len(decoder_layers(policy.model))
     if isinstance(policy.value, ValueNetwork):
         forward, backward = forward + 1, backward + 1
     recomputed = backward if config.gradient_checkpointing else 0.0
