@@ -477,6 +477,54 @@ def test_stored_completions_are_scored_by_rewards_that_nobody_trained_on(
     assert digests(tmp_path / "out") == before
 
 
+@pytest.mark.usefixtures("no_page")
+def test_methods_that_learn_from_a_dataset_stand_beside_those_that_sample(
+    tmp_path: Path, tiny_model_folder: str
+) -> None:
+    def rows(name: str, what: list[dict[str, Any]]) -> str:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in what))
+        return str(tmp_path / name)
+
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    pairs = [{"prompt": f"Say {n}", "chosen": "aeiou", "rejected": "b"} for n in range(12)]
+    scored = [{"prompt": f"Say {n}", "completions": ["aeiou", "b"], "rewards": [1.0, 0.0]} for n in range(12)]
+    prompts = [{"prompt": f"Say {n}"} for n in range(12)]
+    base = {
+        **BASE,
+        "model": tiny_model_folder,
+        "dataset": rows("prompts.jsonl", prompts),
+        "eval_dataset": rows("held_out.jsonl", [{"prompt": f"Tell {n}"} for n in range(5)]),
+        "reward_funcs": [f"{tmp_path / 'rewards.py'}:length"],
+        "chat": "never",
+        "max_completion_length": 6,
+    }
+    offline: dict[str, Any] = {"dataset": rows("pairs.jsonl", pairs)}
+    methods: dict[str, Any] = {
+        "P3O": {"algorithm": "p3o"},
+        "DPO": {"algorithm": "dpo", **offline},
+        "CoPG": {"algorithm": "copg", "copg.offline": True, "dataset": rows("scored.jsonl", scored)},
+    }
+    compare(config(tmp_path / "out", base=base, task={}, methods=methods, budget={"completions": 48}))
+    runs = read_runs([tmp_path / "out"])
+    assert len(runs) == 6
+    for run in runs:
+        assert run.cell is not None
+        budget = run.cell["budget"]
+        assert run.cell["status"] == "done"
+        assert budget["completions"] == 48
+        assert budget["updates"] == (8 if run.cell["method"] == "P3O" else 2)
+        assert (budget["tokens_generated"] == 0) == (run.cell["method"] != "P3O")
+        held_out = {line["prompt"] for line in run.samples if line["split"] == "eval"}
+        assert held_out == {f"Tell {n}" for n in range(5)}
+    found = tables(tmp_path / "out")
+    assert {(line["first"], line["second"]) for line in found["differences"] if line["by"] == "method"} == {
+        ("P3O", "DPO"),
+        ("P3O", "CoPG"),
+        ("DPO", "CoPG"),
+    }
+    assert found["head_to_head"]["names"] == ["starting policy", "P3O", "DPO", "CoPG"]
+
+
 # ---------------------------------------------------------------------------------------------- kills, signals, workers
 
 

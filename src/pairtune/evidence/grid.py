@@ -275,10 +275,15 @@ def _word(value: Any) -> str:
 
 def completions_a_prompt(values: Mapping[str, Any]) -> int:
     """Completions that a prompt of a batch stands for: K, or the two of a preference."""
-    algorithm = values.get("algorithm", "p3o")
-    if METHODS.get(algorithm, METHODS["p3o"]).offline:
+    if _offline(values):
         return 2
     return int(values.get("num_generations", TrainConfig.model_fields["num_generations"].default))
+
+
+def _offline(values: Mapping[str, Any]) -> bool:
+    """Whether a method learns from a dataset of completions, not from its own."""
+    method = METHODS.get(values.get("algorithm", "p3o"))
+    return method is not None and (method.offline or _switched_on(values, "copg.offline", of="copg"))
 
 
 def _equal_steps(
@@ -319,7 +324,7 @@ def _updates(values: dict[str, Any], own: Mapping[str, Any]) -> list[str]:
     batch_size = int(values.get("batch_size", TrainConfig.model_fields["batch_size"].default))
     minibatches = batch_size // int(values.get("minibatch_size") or batch_size) or 1
     iterations = int(values.get("num_iterations", TrainConfig.model_fields["num_iterations"].default))
-    uses_ratios = method.uses_ratios or _clips(algorithm, values)
+    uses_ratios = method.uses_ratios or _switched_on(values, f"{algorithm}.clip", of=algorithm)
     if uses_ratios and iterations * minibatches < MIN_UPDATES:
         if "num_iterations" in own:
             return [
@@ -327,13 +332,14 @@ def _updates(values: dict[str, Any], own: Mapping[str, Any]) -> list[str]:
                 f"fewer than {MIN_UPDATES} a ratio hardly leaves 1 and its clip has little to do."
             ]
         values["num_iterations"] = math.ceil(MIN_UPDATES / minibatches)
-    elif not uses_ratios and algorithm in WITHOUT_RATIO and "num_iterations" not in own:
+    elif not uses_ratios and (algorithm in WITHOUT_RATIO or _offline(values)) and "num_iterations" not in own:
         values["num_iterations"] = 1
     return []
 
 
-def _clips(algorithm: str, values: Mapping[str, Any]) -> bool:
-    return values.get(f"{algorithm}.clip") in (True, "true")
+def _switched_on(values: Mapping[str, Any], key: str, *, of: str) -> bool:
+    """Whether a switch of a method's section is on, and that method chosen. YAML quotes may have made it a text."""
+    return values.get("algorithm", "p3o") == of and values.get(key) in (True, "true")
 
 
 def _budgeted(values: dict[str, Any], config: CompareConfig, completions: int | None) -> list[str]:
