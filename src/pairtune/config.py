@@ -862,9 +862,9 @@ class SideWords(Words):
 
     topic = "sides"
 
-    sides: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2)]
-    """Two or more, each a path or NAME=path: a file of completions, the JSON of `pairtune evaluate`, a run folder (its
-    last held-out samples), a comparison (each of its arms), or a model (sampled first)."""
+    sides: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+    """Paths or NAME=path, two sides or more in all: a file of completions, the JSON of `pairtune evaluate`, a run
+    folder (its last held-out samples), a comparison (each of its arms is a side), or a model (sampled first)."""
     completion_column: str = "completion"
     """Column of a file that holds the completion, beside `prompt_column`."""
 

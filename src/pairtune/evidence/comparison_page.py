@@ -23,7 +23,8 @@ from pairtune.evidence.comparison_frontier import (
     table1_blocks,
     verdict_sentence,
 )
-from pairtune.evidence.comparison_wins import START, head_to_head_blocks
+from pairtune.evidence.comparison_judged import judged_blocks
+from pairtune.evidence.comparison_wins import START, head_to_head_blocks, looks_of
 from pairtune.evidence.figures import Chart, Point, Series, thin
 from pairtune.evidence.page import Block, Choice, Page, Section, Settings, Tables, Text, plain
 from pairtune.evidence.run_page import (
@@ -51,8 +52,10 @@ RECORD_VERSION = 1
 FIRST_METRICS = ("reward", "kl", "loss", "entropy", "completions/mean_length", "accuracy", "perplexity")
 
 
-def comparison_page(runs: Sequence[Run], folders: Sequence[Path]) -> Page:
+def comparison_page(runs: Sequence[Run], folders: Sequence[Path], judged: Sequence[Line] = ()) -> Page:
     """What several runs of one stage show together. Arms whose runs are not done are told, not compared.
+
+    judged: results of `pairtune judge`, see `read_judged`.
 
     Raises PairtuneError where two runs are one setting and one seed, or a file is damaged.
     """
@@ -70,6 +73,7 @@ def comparison_page(runs: Sequence[Run], folders: Sequence[Path]) -> Page:
             Section("frontier", "Frontier", "Reward against KL", frontier_blocks(compared)),
             Section("matched", "Matched KL", "Reward at matched KL", matched_blocks(compared, matches)),
             Section("wins", "Head to head", "Head to head", head_to_head_blocks(compared)),
+            Section("judged", "Judges", "Before a judge", judged_blocks(judged, looks_of(compared))),
             Section("table1", "Numbers", "Every policy in numbers", table1_blocks(compared)),
             Section("ablations", "Ablations", "What a setting does", ablation_blocks(compared)),
         ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,21 +46,41 @@ def head_to_head_blocks(compared: Compared) -> list[Block]:
         return None if estimate is None else Interval(*estimate[:3])
 
     spans = {name: Interval(*strengths[name][:3]) for name in order}
-    figures = _figures(compared, "", "the larger reward", order, rate, spans)
+    when = "the row's completion has a larger reward than the column's"
+    figures = win_figures(looks_of(compared), "", when, order, rate, spans)
     note: list[Block] = [Text([left_out])] if left_out else []
     return [*note, *figures, Tables([_strengths(compared, games, order, strengths)]), *held_out]
 
 
-def _figures(
-    compared: Compared,
+class Look(NamedTuple):
+    """How a policy is told from others in a figure."""
+
+    slot: int
+    """Of the palette; 0 is neutral."""
+    group: str
+    """The entry of the legend that it is switched with; empty: none."""
+
+
+NEUTRAL = Look(0, "")
+
+
+def looks_of(compared: Compared) -> dict[str, Look]:
+    return {arm.name: Look(compared.slot[arm.name], compared.group[arm.name]) for arm in compared.arms}
+
+
+def win_figures(
+    looks: Mapping[str, Look],
     key: str,
-    wins: str,
+    when: str,
     order: Sequence[str],
     rate: Callable[[str, str], Interval | None],
-    strengths: dict[str, Interval],
+    strengths: Mapping[str, Interval],
 ) -> list[Block]:
-    """Heat map and ranking, the strongest first; `key` tells several of them apart, `wins` says who wins a game."""
-    group, slot = {START: ""} | compared.group, {START: 0} | compared.slot
+    """Heat map and ranking, in this order of names; without strengths the heat map alone.
+
+    `key` tells several of them on a page apart; `when` says what a win is ("the row's completion has ...").
+    """
+    look = [looks.get(name, NEUTRAL) for name in order]
     rates = [[rate(row, column) if row != column else None for column in order] for row in order]
 
     def grid(place: int) -> list[list[float | None]]:
@@ -69,16 +89,18 @@ def _figures(
     heat_map = HeatMap(
         f"win_matrix{key}",
         "Who wins how often",
-        f"How often the row's completion has {wins} than the column's on the same prompt, in percent, ties half; all "
-        "seeds of one against all seeds of the other. The strongest stands first.",
+        f"How often {when} on the same prompt, in percent, ties half; all seeds of one against all seeds of the other. "
+        "The strongest stands first.",
         list(order),
         grid(0),
         grid(1),
         grid(2),
-        [group[name] for name in order],
+        [one.group for one in look],
     )
+    if not strengths:
+        return [Figures([heat_map])]
     marks = [
-        RowMark(name, mean, end(low), end(high), slot=slot[name], group=group[name])
+        RowMark(name, mean, end(low), end(high), **looks.get(name, NEUTRAL)._asdict())
         for name, (mean, low, high) in strengths.items()
     ]
     rows = Rows(
@@ -131,18 +153,19 @@ def _held_out(compared: Compared) -> list[Block]:
     place = {name: i for i, name in enumerate(names)}
 
     def rate(row: str, column: str) -> Interval | None:
-        return _interval_of(found["rates"][place[row]][place[column]])
+        return interval_of(found["rates"][place[row]][place[column]])
 
-    spans = {line["name"]: span for line in found.get("ranking", []) if (span := _interval_of(line["strength"]))}
+    spans = {line["name"]: span for line in found.get("ranking", []) if (span := interval_of(line["strength"]))}
     if len(spans) < 2:
         return []
     functions = ", ".join(clean(str(name)) for name in found.get("reward_funcs", []))
     words = Text([f"By a reward that no policy was trained on: {functions}."], quiet=False)
-    return [words, *_figures(compared, "-held_out", "the larger held-out reward", list(spans), rate, spans)]
+    when = "the row's completion has a larger held-out reward than the column's"
+    return [words, *win_figures(looks_of(compared), "-held_out", when, list(spans), rate, spans)]
 
 
-def _interval_of(estimate: Any) -> Interval | None:
-    """An estimate of comparison.json."""
+def interval_of(estimate: Any) -> Interval | None:
+    """An estimate of comparison.json or judge.json; None where it is none."""
     if not isinstance(estimate, dict) or estimate.get("mean") is None:
         return None
     return Interval(*(math.nan if estimate.get(key) is None else estimate[key] for key in ("mean", "low", "high")))

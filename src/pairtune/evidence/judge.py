@@ -42,7 +42,7 @@ from pairtune.evidence.head_to_head import (
     win_rate,
     win_rate_by_length,
 )
-from pairtune.evidence.runs import evaluation_samples, group_arms, is_comparison, read_run, read_runs
+from pairtune.evidence.runs import JUDGED, evaluation_samples, group_arms, is_comparison, read_run, read_runs
 from pairtune.experience import decode, sampling_params
 from pairtune.feedback.judges import EndpointJudge, Judge, Judgement, Pair, Verdict, judge_pairs, load_judge
 from pairtune.maths.statistics import Estimate
@@ -50,10 +50,10 @@ from pairtune.models.loading import choose_device, choose_dtype, eos_ids, load_c
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler
 from pairtune.models.weights import resolve_model
 from pairtune.runs.display import clean, make_console, progress
-from pairtune.runs.folder import flatten, is_run_folder, write_atomic
+from pairtune.runs.folder import flatten, is_run_folder, without_nan, write_atomic
 from pairtune.types import Prompt
 
-RESULT, VERDICTS = "judge.json", "verdicts.jsonl"
+VERDICTS = "verdicts.jsonl"
 
 UNIMPORTANT = frozenset(
     {
@@ -127,22 +127,22 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         for line in _lines(contest, judgement, sides)
     )
     write_atomic(folder / VERDICTS, "".join(f"{line}\n" for line in lines))
-    write_atomic(folder / RESULT, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(folder / JUDGED, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     show(summary, console)
     if isinstance(arbiter, EndpointJudge):
         _show_usage(arbiter, console)
-    console.print(Text(f"{folder / RESULT}, {folder / VERDICTS}"), soft_wrap=True)
+    console.print(Text(f"{folder / JUDGED}, {folder / VERDICTS}"), soft_wrap=True)
     return summary
 
 
 def _refuse_another_result(folder: Path, config: JudgeConfig) -> None:
     """Raises PairtuneError where the folder holds the result of another comparison."""
-    if config.overwrite or not (folder / RESULT).exists():
+    if config.overwrite or not (folder / JUDGED).exists():
         return
     try:
-        before = flatten(json.loads((folder / RESULT).read_text("utf-8"))["config"])
+        before = flatten(json.loads((folder / JUDGED).read_text("utf-8"))["config"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise PairtuneError(f"{folder / RESULT} is no result of pairtune judge; choose another --output_dir.") from None
+        raise PairtuneError(f"{folder / JUDGED} is no result of pairtune judge; choose another --output_dir.") from None
     now = flatten(json.loads(json.dumps(config_to_dict(config))))
     for name in now:
         if name not in UNIMPORTANT and before.get(name) != now[name]:
@@ -593,11 +593,7 @@ def _complement(share: Estimate) -> Estimate:
 
 
 def _interval(estimate: Estimate) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {
-        name: value if value == value else None
-        for name, value in zip(("mean", "low", "high"), estimate[:3], strict=True)
-    }
+    return dict(zip(("mean", "low", "high"), without_nan(estimate[:3]), strict=True))
 
 
 # -------------------------------------------------------------------------------------------------------------- display

@@ -10,6 +10,7 @@ cells/<name>/exact.jsonl   where the task is enumerable: per evaluation the poli
 sweep/<name>/     the same for the runs that chose the learning rates; they are not compared
 comparison.json   all tables, see `pairtune.evidence.compare`
 report.html       the page
+<any>/judge.json  what `pairtune judge` found, where it was told to write in here
 
 cell.json: `name`, `method` (its name in the comparison), `arm`, `seed`, `settings` (dotted key -> value, what the grid
 chose), `status` (running, done, failed, stopped), `error` (one sentence or null), `steps`, `budget` (null until the
@@ -43,6 +44,7 @@ SWEEP = "sweep"
 CELL = "cell.json"
 EXACT = "exact.jsonl"
 COMPARISON = "comparison.json"
+JUDGED = "judge.json"
 
 ALIKE = frozenset(
     {
@@ -150,6 +152,30 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
 def is_comparison(path: str | Path) -> bool:
     """Whether `pairtune compare` wrote this folder."""
     return (Path(path) / CELLS).is_dir()
+
+
+def is_judged(path: str | Path) -> bool:
+    """Whether `pairtune judge` wrote this folder."""
+    return (Path(path) / JUDGED).is_file()
+
+
+def read_judged(folders: Sequence[Path]) -> list[Line]:
+    """The results of `pairtune judge` in folders, and in those directly inside of them.
+
+    Raises PairtuneError where one is damaged or none of ours.
+    """
+    found = {
+        file.resolve(): file
+        for folder in folders
+        for file in ([folder / JUDGED] if is_judged(folder) else sorted(folder.glob(f"*/{JUDGED}")))
+    }
+    results = []
+    for file in found.values():
+        result = read_json(file) or {}
+        if not {"judge", "num_prompts", "sides", "pairs"} <= result.keys():
+            raise PairtuneError(f"{file} is no result of `pairtune judge`; make it again, or leave its folder out")
+        results.append(result)
+    return results
 
 
 def cell_folders(path: str | Path) -> list[Path]:
