@@ -188,7 +188,7 @@ def test_an_axis_of_a_section_concerns_its_method_alone_and_explicit_cells_come_
 
 def test_the_sweep_has_its_own_seed_and_prompts_and_the_middle_of_every_axis() -> None:
     words = {**REAL, "task": {}, "axes": {"beta": [0.1, 0.2, 0.3]}, "budget": {"completions": 512}}
-    sweep = {"axes": {"learning_rate": [1e-5, 1e-4]}, "split": "test[:9]", "completions": 256}
+    sweep = {"axes": {"learning_rate": [1e-5, 1e-4]}, "split": "test[:9]", "completions": 256, "eval_generations": 5}
     grid = grid_of(config(**words, methods=["p3o", "rloo"], sweep=sweep))
     assert [(cell.method, cell.settings["learning_rate"]) for cell in grid.sweep] == [
         *(("p3o", rate) for rate in (1e-5, 1e-4)),
@@ -197,6 +197,8 @@ def test_the_sweep_has_its_own_seed_and_prompts_and_the_middle_of_every_axis() -
     for cell in grid.sweep:
         assert cell.config.dataset_test_split == "test[:9]"
         assert (cell.config.beta, cell.config.seed, cell.config.max_steps) == (0.2, 1_000_003, 2)
+        assert (cell.config.eval_generations, cell.config.eval_steps) == (5, 0)
+    assert {(cell.config.eval_generations, cell.config.eval_steps) for cell in grid.cells} == {(1, 10)}
     assert {cell.config.dataset_test_split for cell in grid.cells} == {"test"}
 
 

@@ -943,6 +943,9 @@ class SweepWords(Words):
     needed for a task."""
     completions: PositiveInt | None = None
     """Budget of a run of the sweep; null: that of a cell."""
+    eval_generations: PositiveInt | None = None
+    """Completions a held-out prompt at the end of a run of the sweep, so that it is not chance that chooses; null: as in
+    the comparison."""
 
 
 class TaskWords(Words):

@@ -240,8 +240,8 @@ def _cell(
     parts = [slug(point.method), *(slug(f"{key}-{_word(value)}") for key, value in point.settings.items())]
     name = "_".join([*parts, f"seed-{point.seed}"])
     values = {**base, **point.own, "seed": point.seed}
-    if sweep and config.sweep.split is not None:
-        values["dataset_test_split"] = config.sweep.split
+    if sweep:
+        values |= _sweep_evaluation(config)
     folder = Path(config.output_dir) / ("sweep" if sweep else "cells") / name
     values |= {"output_dir": str(folder), "resume": True}
     notes: list[str] = []
@@ -263,6 +263,12 @@ def _cell(
     notes += warnings_for(train_config)
     flat = flat_values(train_config)
     return Cell(name, point.method, {key: flat[key] for key in point.settings}, train_config, notes)
+
+
+def _sweep_evaluation(config: CompareConfig) -> dict[str, Any]:
+    """How a run of the sweep is measured: only its end decides."""
+    own = {"dataset_test_split": config.sweep.split, "eval_generations": config.sweep.eval_generations}
+    return {"eval_steps": 0, **{key: value for key, value in own.items() if value is not None}}
 
 
 def _word(value: Any) -> str:
