@@ -944,8 +944,8 @@ class SweepWords(Words):
     completions: PositiveInt | None = None
     """Budget of a run of the sweep; null: that of a cell."""
     eval_generations: PositiveInt | None = None
-    """Completions a held-out prompt at the end of a run of the sweep, so that it is not chance that chooses; null: as in
-    the comparison."""
+    """Completions a held-out prompt at the end of a run of the sweep, so that chance does not choose; null: as in the
+    comparison."""
 
 
 class TaskWords(Words):
