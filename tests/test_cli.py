@@ -294,6 +294,23 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         main(["train", *NEEDED])
 
 
+def test_the_process_group_is_left_when_all_is_done_and_only_then(
+    calls: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[int] = []
+    group = SimpleNamespace(shutdown=lambda: left.append(len(calls)))
+    monkeypatch.setitem(sys.modules, "pairtune.runs.distributed", group)
+    assert main(["train", *NEEDED]) == 0
+    assert left == [1]
+
+    def fails(_: Any) -> None:
+        raise pairtune.PairtuneError("no")
+
+    monkeypatch.setattr("pairtune.cli._handover", lambda _: fails)
+    assert main(["train", *NEEDED]) == 2
+    assert left == [1]
+
+
 def test_dashes_stand_for_underscores(calls: Any, capsys: pytest.CaptureFixture[str]) -> None:
     dashed = [
         "--max-steps",

@@ -130,6 +130,9 @@ def _run(argv: list[str]) -> None:
         function = _handover(verb)
         _hide_progress_bars()
         function(config)
+        # Not after an error: the others may be waiting, and would be waited for.
+        if "pairtune.runs.distributed" in sys.modules:
+            sys.modules["pairtune.runs.distributed"].shutdown()
 
 
 def _with_underscores(argv: list[str], name: str) -> list[str]:

@@ -23,7 +23,7 @@ from pairtune.errors import PairtuneError
 from pairtune.models.logprobs import (
     Layout,
     Scorer,
-    Scores,
+    TokenScores,
     body,
     can_share_prefix,
     can_split,
@@ -119,7 +119,7 @@ class LoadedPolicy:
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
-    ) -> Scores:
+    ) -> TokenScores:
         """Log-probabilities, entropies and, where there is a value function, values under the weights as they are.
 
         One forward pass of the policy; a value network makes one of its own. `features` are the policy's trunk's.
@@ -359,7 +359,7 @@ def load_policy(
         scorer = Scorer(model, shared=shared)
         reference = Scorer(frozen_copy(model), shared=shared) if with_reference else scorer
     if gradient_checkpointing:
-        causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(causal_lm(model))
         if lora_r is not None:
             causal_lm(model).enable_input_require_grads()
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -438,7 +438,7 @@ def load_value_network(
             f"value_model: the tokenizer of {shown!r} means other tokens by the ids that the policy writes; {mend}"
         )
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         model.train()  # where checkpointing happens; without dropout nothing else changes
     return network
 
@@ -489,6 +489,13 @@ def _top_layers(model: Any, shared: bool, trainable_layers: int) -> tuple[Scorer
         return Scorer(model, shared=shared), Scorer(frozen_copy(model), shared=shared)
     scorer = Scorer(model, shared=shared, num_top_layers=trainable_layers)
     return scorer, scorer.with_top(frozen_top(scorer.top))
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep no activations within layers: they are computed again in the backward pass."""
+    # transformers renamed it in 5.23 and warns of the older name.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def train_last_layers(model: Any, trainable_layers: int) -> None:

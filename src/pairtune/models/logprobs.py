@@ -303,7 +303,7 @@ def chunked_logprobs(
 
 
 @dataclass(frozen=True)
-class Scores:
+class TokenScores:
     """What one forward pass says of completions, every field (P, K, T) float32 (float64 where the model is), 0 where
     masked."""
 
@@ -382,7 +382,7 @@ class Scorer:
     def logprobs(
         self, layout: Layout, features: Tensor | None = None, *, temperature: float = 1.0, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (zeros unless asked for) of all completion tokens, as in `Scores`."""
+        """Log-probabilities and entropies (zeros unless asked for) of all completion tokens, as in `TokenScores`."""
         scores = self.score(layout, features, temperature=temperature, with_entropy=with_entropy)
         return scores.logprobs, scores.entropies
 
@@ -394,7 +394,7 @@ class Scorer:
         temperature: float = 1.0,
         with_entropy: bool = False,
         value_head: Callable[[Tensor], Tensor] | None = None,
-    ) -> Scores:
+    ) -> TokenScores:
         """Log-probabilities, entropies and values of all completion tokens out of one forward pass.
 
         `value_head` maps final hidden states (n, H) to values (n,). The hidden state that predicts a token gives the
@@ -413,7 +413,7 @@ class Scorer:
             # master.
             weight_grad=weight.grad if weight.is_leaf and weight.dtype == torch.float32 else None,
         )
-        return Scores(
+        return TokenScores(
             layout.spread(logprobs),
             layout.spread(entropies),
             None if value_head is None else layout.spread(value_head(hidden)),

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pairtune.errors import PairtuneError
 from pairtune.models.loading import (
     MasterWeights,
+    checkpoint_activations,
     choose_device,
     choose_dtype,
     disable_dropout,
@@ -237,7 +238,7 @@ def load_reward_backbone(
         model.requires_grad_(True)
     model.score.requires_grad_(True)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     total = sum(p.numel() for p in model.parameters())
     notes.append(f"training {sum(p.numel() for _, p in trained) / 1e6:.1f}M of {total / 1e6:.1f}M parameters")

@@ -46,7 +46,7 @@ def init_from_env(device: str = "auto") -> torch.device | None:
 
 
 def shutdown() -> None:
-    """Leaves the process group."""
+    """Leaves the process group, when all of its processes are done."""
     if _on():
         dist.destroy_process_group()
 

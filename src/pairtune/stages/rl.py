@@ -41,7 +41,7 @@ from pairtune.feedback.rewards import RewardSet, load_rewards
 from pairtune.maths.advantages import MovingAverage
 from pairtune.maths.masking import masked_mean, masked_sum
 from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
-from pairtune.models.logprobs import Scores, decoder_layers
+from pairtune.models.logprobs import TokenScores, decoder_layers
 from pairtune.models.sampler import HFSampler
 from pairtune.models.values import ValueNetwork
 from pairtune.runs import checkpoint, distributed, folder
@@ -471,7 +471,7 @@ def _count_passes(
 
 def _scores(
     config: TrainConfig, policy: LoadedPolicy, collected: Collected, prompts: Tensor, *, with_entropy: bool = False
-) -> Scores:
+) -> TokenScores:
     """Log-probabilities, entropies and values (p, K, T) of some prompts' completions under the policy as it is now."""
     layout, features = collected.layout, collected.features
     part = None if features is None else layout.rows(prompts, features)
