@@ -55,8 +55,8 @@ def ranking(completions: Any = ("a", "b"), ranks: Any = (1, 2), **columns: Any) 
 
 
 NOTE = re.compile(
-    r"(\d+) (?:rows?|prompts?|prompts are) (?:left out: )?(a completion is empty|chosen and rejected differ before the "
-    r"assistant's last turn|its [^0-9]+|longer than max_prompt_length and were left out)"
+    r"(\d+) (?:rows?|prompts?) left out: (a completion is empty|chosen and rejected differ before the "
+    r"assistant's last turn|its [^0-9]+|longer than max_prompt_length)"
 )
 GOOD = {"sft": example(prompt="q ", completion="c"), "reward": pair(prompt="q ", chosen="c", rejected="dd")}
 RANKED = ranking(("c", "dd"), (1, 2))
@@ -262,7 +262,7 @@ LEFT_OUT: dict[str, tuple[str, list[dict[str, Any]], str]] = {
     "identical sides": ("reward", [pair(rejected="aa")] * 3, "3 rows left out: chosen and rejected are identical"),
     "an empty side": ("reward", [pair(chosen=" ")], "1 row left out: a completion is empty"),
     "another turn": ("reward", [pair(rejected=turns("a", "b"))], "1 row left out: a completion is not one turn of the"),
-    "a long prompt, compared": ("reward", [pair(prompt="p" * 99)], "1 prompts are longer than max_prompt_length and w"),
+    "a long prompt, compared": ("reward", [pair(prompt="p" * 99)], "1 prompt left out: longer than max_prompt_length"),
     "all tied": ("reward", [ranking(ranks=(2, 2))], "1 prompt left out: all its completions have one rank"),
     "an empty one of three": ("reward", [ranking(("a", "", "b"), (1, 2, 3))], "1 completion left out: a completion is"),
     "one of its kind": ("reward", [ranking(("a", " "), (1, 2))], "1 prompt left out: fewer than two scored completion"),

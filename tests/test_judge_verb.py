@@ -166,9 +166,9 @@ def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
         "empty": 0,
     }
     printed = capsys.readouterr().out
-    assert "a: 2 prompts that not all sides have were left out" in printed
+    assert "a: 2 prompts left out, which not all sides have" in printed
     assert result(a, b, output="whole")["pairs"][0]["losses"] == 1  # an empty one is judged as it is
-    assert "a: 1 completions are empty; they are judged as they are" in capsys.readouterr().out
+    assert "a: 1 completion without text, judged all the same" in capsys.readouterr().out
 
 
 def test_the_same_text_is_a_tie_of_which_nobody_is_asked() -> None:

@@ -639,7 +639,7 @@ def test_what_cannot_be_learned_from_is_left_out_and_counted(tiny_tokenizer: Any
         "1 row left out: chosen and rejected are identical",
         "1 row left out: a completion is empty",
         "1 prompt left out: its completions do not differ within max_completion_length=9 tokens",
-        "1 prompts are longer than max_prompt_length and were left out",
+        "1 prompt left out: longer than max_prompt_length",
         "2 completions cut at max_completion_length=9",
     ]
     tied = [
@@ -670,7 +670,7 @@ def test_a_long_dialogue_loses_its_oldest_turns(tiny_tokenizer: Any) -> None:
     data = comparisons(tiny_tokenizer, rows, chat="auto", max_prompt_length=25)
     assert data.data.prompts == [[system, *turns("second", "x", "last")]]
     assert data.data.notes == [
-        "1 prompts are longer than max_prompt_length and were left out",
+        "1 prompt left out: longer than max_prompt_length",
         "1 dialogue longer than max_prompt_length lost their oldest turns",
     ]
     with pytest.raises(PairtuneError, match="are longer than max_prompt_length=25"):

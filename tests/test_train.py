@@ -746,7 +746,7 @@ def test_one_update_a_batch_is_noted(run: Run, capsys: pytest.CaptureFixture[str
 
 def test_long_prompts_are_left_out_and_counted(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run(max_steps=1, max_prompt_length=7)
-    assert "4 prompts are longer than max_prompt_length and were left out" in capsys.readouterr().out
+    assert "4 prompts left out: longer than max_prompt_length" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------------------- rewards

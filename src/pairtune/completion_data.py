@@ -36,6 +36,7 @@ from pairtune.data import (
     shortened,
 )
 from pairtune.errors import PairtuneError
+from pairtune.runs.display import counted
 from pairtune.types import Completions, Prompt, Prompts
 
 if TYPE_CHECKING:
@@ -564,9 +565,9 @@ def _encoded(
     completions = [encoded_of[number] for number in prompt_dataset.numbers]
     notes = [*_told(left_out), *prompt_dataset.notes]
     if num_shortened:
-        notes.append(f"{_counted(num_shortened, 'dialogue')} longer than max_prompt_length lost their oldest turns")
+        notes.append(f"{counted(num_shortened, 'dialogue')} longer than max_prompt_length lost their oldest turns")
     if num_cut := sum(completion.truncated for group in completions for completion in group):
-        notes.append(f"{_counted(num_cut, 'completion')} cut at max_completion_length={config.max_completion_length}")
+        notes.append(f"{counted(num_cut, 'completion')} cut at max_completion_length={config.max_completion_length}")
     rewards = [rewards_of[number] for number in prompt_dataset.numbers]
     return OfflineDataset(prompt_dataset, completions, rewards, notes)
 
@@ -626,11 +627,7 @@ def _check_characters(groups: Sequence[_Group], name: str) -> None:
 
 
 def _told(left_out: Counter[tuple[str, str]]) -> list[str]:
-    return [f"{_counted(count, unit)} left out: {reason}" for (unit, reason), count in left_out.items()]
-
-
-def _counted(count: int, unit: str) -> str:
-    return f"{count} {unit}{'' if count == 1 else 's'}"
+    return [f"{counted(count, unit)} left out: {reason}" for (unit, reason), count in left_out.items()]
 
 
 # Examples to imitate.
@@ -727,7 +724,7 @@ def encode_examples(
     if not fitting:
         raise PairtuneError(f"nothing is left of {name} to learn from: {'; '.join(notes)}.")
     if num_cut := sum(len(example.ids) > config.max_length for example in fitting):
-        notes.append(f"{_counted(num_cut, 'example')} cut at max_length={config.max_length}")
+        notes.append(f"{counted(num_cut, 'example')} cut at max_length={config.max_length}")
     kept = [_cut(example, config.max_length) for example in fitting]
     return ExampleDataset(kept, notes, name)
 

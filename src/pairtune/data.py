@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from pairtune.errors import PairtuneError
+from pairtune.runs.display import counted
 from pairtune.types import Prompt, Prompts
 
 if TYPE_CHECKING:
@@ -591,7 +592,7 @@ class PromptDataset:
     @property
     def notes(self) -> list[str]:
         """What of the dataset is not used, for the user to read."""
-        left_out = f"{self.num_left_out} prompts are longer than max_prompt_length and were left out"
+        left_out = f"{counted(self.num_left_out, 'prompt')} left out: longer than max_prompt_length"
         return [left_out] if self.num_left_out else []
 
     def batch(self, rows: Sequence[int], *, device: torch.device | str = "cpu") -> Prompts:

@@ -32,7 +32,7 @@ from pairtune.evidence.run_page import law, length_of, quantity
 from pairtune.evidence.runs import CONSEQUENCES, Arm, Run, evaluated_together, evaluation_samples, is_exact, shown
 from pairtune.evidence.tables import Cell, Table
 from pairtune.maths.statistics import Estimate, Interval, Verdict
-from pairtune.runs.display import is_number
+from pairtune.runs.display import counted, is_number
 
 MOST_FINDINGS = 6
 MOST_COLOURS = 8
@@ -76,10 +76,6 @@ def compare_arms(arms: list[Arm], record: dict[str, Any]) -> Compared:
         return Compared(arms, measured, "", group, slot, bool(arms) and is_exact(arms), record)
     except PairtuneError as error:
         return Compared(arms, None, str(error), group, slot, False, record)
-
-
-def count(number: int, word: str) -> str:
-    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def estimate_cell(estimate: Estimate | Interval | None, form: str = "{:.3f}", scale: float = 1.0) -> Cell:
@@ -463,7 +459,7 @@ def verdict_sentence(compared: Compared, matches: Sequence[Match]) -> str:
         reward = estimate_cell(point.reward)
         return (
             f"{arms[0].name} ends at a held-out reward of {reward.text} {reward.interval} and {point.kl.mean:.2f} nats "
-            f"of KL to the reference, over {count(len(arms[0].runs), 'seed')}."
+            f"of KL to the reference, over {counted(len(arms[0].runs), 'seed')}."
         )
     subject, against = _against_others(arms[0], matches)
     if not against:
@@ -647,7 +643,7 @@ def _ablation_point(arm: Arm, word: str, estimate: Estimate) -> Point:
         estimate.mean,
         end(estimate.low),
         end(estimate.high),
-        text=count(len(arm.runs), "seed"),
+        text=counted(len(arm.runs), "seed"),
     )
 
 

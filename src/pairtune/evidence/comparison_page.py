@@ -13,7 +13,6 @@ from pairtune.evidence.comparison_frontier import (
     Compared,
     ablation_blocks,
     compare_arms,
-    count,
     frontier_blocks,
     last_evaluations,
     matched_blocks,
@@ -40,7 +39,7 @@ from pairtune.evidence.run_page import (
 from pairtune.evidence.runs import COMPARISON, Arm, Line, Run, evaluation_samples, group_arms, read_json, shown
 from pairtune.evidence.tables import Cell, Table
 from pairtune.runs import folder
-from pairtune.runs.display import clean, duration, is_number
+from pairtune.runs.display import clean, counted, duration, is_number
 
 MOST_CURVE_POINTS = 30_000
 """In all training curves of a page together."""
@@ -80,7 +79,7 @@ def comparison_page(runs: Sequence[Run], folders: Sequence[Path], judged: Sequen
         verdict = verdict_sentence(compared, matches)
     else:
         sections = [Section("ends", "Numbers", "Held-out measures", last_evaluations(compared))]
-        verdict = f"{count(len(arms), 'setting')}, {count(sum(len(arm.runs) for arm in arms), 'run')}."
+        verdict = f"{counted(len(arms), 'setting')}, {counted(sum(len(arm.runs) for arm in arms), 'run')}."
     sections += [
         Section("curves", "Curves", "Training curves", _curves(compared)),
         Section("spread", "Spread", "Rewards and lengths", _spread(compared)),

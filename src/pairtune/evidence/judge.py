@@ -49,7 +49,7 @@ from pairtune.maths.statistics import Estimate
 from pairtune.models.loading import choose_device, choose_dtype, eos_ids, load_causal_lm, load_tokenizer
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler
 from pairtune.models.weights import resolve_model
-from pairtune.runs.display import clean, make_console, progress
+from pairtune.runs.display import clean, counted, make_console, progress
 from pairtune.runs.folder import flatten, is_run_folder, without_nan, write_atomic
 from pairtune.types import Prompt
 
@@ -384,11 +384,15 @@ def _shared(sides: Sequence[Side], config: JudgeConfig) -> tuple[list[str], dict
             "empty": sum(not one.text.strip() for group in completions for one in group),
         }
         said = {
-            "prompts_not_shared": "prompts that not all sides have were left out",
-            "completions_beyond_the_fewest": "completions were left out, other sides having fewer of those prompts",
-            "empty": "completions are empty; they are judged as they are",
+            "prompts_not_shared": ("prompt", "left out, which not all sides have"),
+            "completions_beyond_the_fewest": ("completion", "left out, other sides having fewer of the same prompts"),
+            "empty": ("completion", "without text, judged all the same"),
         }
-        notes = [f"{side.name}: {count[name]} {words}" for name, words in said.items() if count[name]]
+        notes = [
+            f"{side.name}: {counted(count[name], thing)} {words}"
+            for name, (thing, words) in said.items()
+            if count[name]
+        ]
         left_out[side.name] = {**count, "notes": notes}
     return keys, left_out
 

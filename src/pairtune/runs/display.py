@@ -97,6 +97,11 @@ def sparkline(values: Sequence[float], width: int = 24) -> str:
     return "".join("▁▂▃▄▅▆▇█"[round((value - low) * scale)] for value in values)
 
 
+def counted(number: int, word: str) -> str:
+    """`1 seed`, `2 seeds`."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
 def duration(seconds: float) -> str:
     """`7 s`, `3:07`, `2:03:07`."""
     whole = round(seconds)
