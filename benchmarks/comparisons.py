@@ -4,8 +4,9 @@
     python benchmarks/comparisons.py configs/compare_enumerable.yaml --record-only    # what is finished so far
 
 Cells that are finished are not run again, so that a long comparison can be made in several sittings. Written are
-NAME.json (the tables of comparison.json without single seeds and without the win matrix, five digits), NAME.md (made
-from that alone) and NAME.svg (the frontier of the report), NAME being that of the configuration.
+NAME.json (the tables of comparison.json without single seeds, of many policies without the win matrix and without
+differences within a method, five digits), NAME.md (made from that alone) and NAME.svg (the frontier of the report).
+NAME is that of the configuration.
 """
 
 from __future__ import annotations
@@ -23,12 +24,23 @@ from pairtune.config import CompareConfig, load_config
 from pairtune.errors import PairtuneError
 from pairtune.evidence.compare import compare, sweep_of
 from pairtune.evidence.comparison import tables
+from pairtune.evidence.figures import save_figures
 from pairtune.evidence.grid import grid_of
-from pairtune.evidence.report import write_report
+from pairtune.evidence.report import make_page
 from pairtune.evidence.runs import COMPARISON, read_json, read_runs
 from pairtune.runs.folder import environment, write_atomic
 
 RESULTS = Path(__file__).parent / "results"
+MOST_IN_FULL = 12
+"""Policies whose win matrix is kept, and what a setting makes of one method."""
+SPENT = {
+    "completions": "completions",
+    "tokens_generated": "tokens sampled",
+    "reward_calls": "reward calls",
+    "updates": "updates",
+    "forward_tokens": "tokens forward",
+    "backward_tokens": "tokens backward",
+}
 VERDICTS = {"reward_at_kl": "reward at equal KL", "kl_at_reward": "KL at equal reward", "area": "area"}
 
 
@@ -47,6 +59,7 @@ def recorded(config: CompareConfig) -> dict[str, Any]:
         for run in runs
     )
     head_to_head = content["head_to_head"]
+    few = len(content["arms"]) <= MOST_IN_FULL
     return {
         "command": shlex.join(["python", *sys.argv]),
         "environment": environment(),
@@ -57,8 +70,9 @@ def recorded(config: CompareConfig) -> dict[str, Any]:
         **{name: content[name] for name in ("budget", "task", "notes", "sweep")},
         "arms": [_arm(arm) for arm in content["arms"]],
         "matched": _small(content["matched"]),
-        "differences": _small([line for line in content["differences"] if line["by"] == "method"]),
+        "differences": _small([line for line in content["differences"] if few or line["by"] == "method"]),
         "ranking": None if head_to_head is None else _small(head_to_head["ranking"]),
+        "wins": _small({name: head_to_head[name] for name in ("names", "rates")}) if head_to_head and few else None,
     }
 
 
@@ -107,6 +121,7 @@ def markdown(record: dict[str, Any], name: str) -> str:
     ]
     lines += [f"![Reward against KL]({name}.svg)", ""]
     lines += _sweep(record["sweep"]) + _ends(record) + _matched(record["matched"]) + _differences(record["differences"])
+    lines += _wins(record.get("wins")) + _spent(record["arms"])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -115,16 +130,17 @@ def _sweep(sweep: dict[str, Any] | None) -> list[str]:
         return []
     rule = "reward - beta * KL" if sweep["rule"] == "objective" else "reward"
     lines = ["## Learning rates", "", f"By the largest {rule} at the end, on a seed of their own.", ""]
-    lines += [f"| method | {rule} by what was tried | chosen |", "|---|---|---|"]
+    lines += [f"| method | {rule} by what was tried (reward at KL) | chosen |", "|---|---|---|"]
     for method in dict.fromkeys(run["method"] for run in sweep["runs"]):
         runs = [run for run in sweep["runs"] if run["method"] == method]
-        tried = ", ".join(
-            f"{_settings(run)}: {run['status'] if run['value'] is None else format(run['value'], '.3f')}"
-            for run in runs
-        )
+        tried = ", ".join(f"{_settings(run)}: {run['status'] if run['value'] is None else _tried(run)}" for run in runs)
         chosen = "".join(_settings(run) for run in runs if run["chosen"])
         lines.append(f"| {method} | {tried} | {chosen}{', at the edge' if method in sweep['at_edge'] else ''} |")
     return [*lines, ""]
+
+
+def _tried(run: dict[str, Any]) -> str:
+    return f"{run['value']:.3f} ({run['reward']:.3f} at {run['kl']:.2f})"
 
 
 def _settings(run: dict[str, Any]) -> str:
@@ -135,12 +151,18 @@ def _ends(record: dict[str, Any]) -> list[str]:
     is_task = record["task"] is not None
     strengths = {line["name"]: line["strength"] for line in record["ranking"] or []}
     lines = ["## At the end of training", ""]
-    last = "below the optimum at its KL | regret" if is_task else "tokens"
-    lines += [f"| policy | seeds | reward | KL | {last} | strength |"]
-    lines += ["|---|---:|---:|---:|---:|" + ("---:|---:|" if is_task else "---:|")]
+    of_policy = ("KL a token", "tokens", "finished", "distinct-2")
+    columns = ["policy", "seeds", "reward", "KL"]
+    columns += ["below the optimum at its KL", "regret"] if is_task else of_policy
+    lines += _head([*columns, "strength"])
     for arm in record["arms"]:
-        cells = [arm["name"], str(len(arm["seeds"])), _shown(arm["end"]["reward"]), _shown(arm["end"]["kl"], 2)]
-        cells += [_shown(arm["gap"]), _shown(arm["regret"])] if is_task else [_shown(arm["end"]["tokens"], 1)]
+        end = arm["end"]
+        cells = [arm["name"], str(len(arm["seeds"])), _shown(end["reward"]), _shown(end["kl"], 2)]
+        if is_task:
+            cells += [_shown(arm["gap"]), _shown(arm["regret"])]
+        else:
+            cells += [_shown(end["kl_per_token"]), _shown(end["tokens"], 1)]
+            cells += [_shown(end["finished"]), _shown(end["distinct_2"])]
         lines.append(f"| {' | '.join([*cells, _shown(strengths.get(arm['name']), 2)])} |")
     lines += [
         "",
@@ -152,6 +174,28 @@ def _ends(record: dict[str, Any]) -> list[str]:
         *([f"The clip of {', '.join(void)} never left 0 or 1: void as a test of clipping."] if void else []),
         "",
     ]
+
+
+def _head(columns: list[str]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+
+
+def _wins(wins: dict[str, Any] | None) -> list[str]:
+    if wins is None:
+        return []
+    lines = ["## Who wins how often", "", "The row against the column, by the larger reward on the same prompt.", ""]
+    lines += _head(["", *wins["names"]])
+    for name, row in zip(wins["names"], wins["rates"], strict=True):
+        lines.append(f"| {name} | {' | '.join(_shown(rate, 2) for rate in row)} |")
+    return [*lines, ""]
+
+
+def _spent(arms: list[dict[str, Any]]) -> list[str]:
+    lines = ["## What a run has spent", "", "Means over seeds.", "", *_head(["policy", *SPENT.values()])]
+    for arm in arms:
+        amounts = [arm["spent"].get(name) for name in SPENT]
+        lines.append(f"| {arm['name']} | {' | '.join('-' if n is None else f'{n:,.0f}' for n in amounts)} |")
+    return [*lines, ""]
 
 
 def _matched(matched: list[dict[str, Any]]) -> list[str]:
@@ -169,7 +213,7 @@ def _differences(differences: list[dict[str, Any]]) -> list[str]:
     if not differences:
         return []
     lines = [
-        "## Method against method, everything else equal",
+        "## One against another, everything else equal",
         "",
         "The first less the second; bold: confirmed, that is",
     ]
@@ -226,11 +270,12 @@ def main() -> None:
     write_atomic(flags.results / f"{name}.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     write_atomic(flags.results / f"{name}.md", markdown(record, name))
     with tempfile.TemporaryDirectory() as scratch:
-        write_report(config.output_dir, Path(scratch) / "report.html", figures=scratch)
+        drawn = {figure.key: figure for figure in make_page([config.output_dir]).figures()}
         # With several settings a method, their ends joined say more than forty courses over each other.
-        figures = [Path(scratch) / f"{figure}.svg" for figure in ("frontier-ends", "frontier")]
-        figure = next(path for path in figures if path.exists())
-        write_atomic(flags.results / f"{name}.svg", figure.read_text("utf-8"))
+        figure = drawn.get("frontier-ends") or drawn["frontier"]
+        paths = save_figures([figure], scratch)
+        svg = next(path for path in paths if path.suffix == ".svg")
+        write_atomic(flags.results / f"{name}.svg", svg.read_text("utf-8"))
     print(flags.results / f"{name}.md")
     if failed is not None:
         parser.exit(1, f"{failed}\n")

@@ -656,6 +656,13 @@ def test_a_record_says_what_the_comparison_says(
     for method, settings in chosen.items():
         line = next(line for line in text.splitlines() if line.startswith(f"| {method} | ") and "0.02: " in line)
         assert f"| {settings['learning_rate']:g}" in line
+    names, rates = content["head_to_head"]["names"], content["head_to_head"]["rates"]
+    row = rates[names.index("PPO")]
+    wins = next(line for line in text.partition("## Who wins")[2].splitlines() if line.startswith("| PPO | "))
+    for name, cell in zip(names, wins.split(" | ")[1:], strict=True):
+        assert cell.startswith("-" if name == "PPO" else f"{row[names.index(name)]['mean']:.2f} [")
+    spent = next(line for line in text.partition("## What a run has spent")[2].splitlines() if "| PPO | " in line)
+    assert spent.startswith("| PPO | 48 | ")
     assert (tmp_path / "two.svg").read_text().lstrip().startswith("<?xml")
 
 
