@@ -36,7 +36,8 @@ def main() -> None:
             subprocess.run([*command, "--overwrite"], check=True)
     runs = [read_run(seed, folder) for seed, folder in folders.items()]
     environment = json.loads((next(iter(folders.values())) / "environment.json").read_text())
-    environment.pop("command", None)  # it holds a path of the machine
+    for name in ("command", "commit", "started"):  # the first holds a path of the machine, the others stand by each run
+        environment.pop(name, None)
     record = {
         "command": f"python benchmarks/demo_runs.py --seeds {' '.join(map(str, arguments.seeds))}",
         "environment": environment,
@@ -58,8 +59,11 @@ def read_run(seed: int, folder: Path) -> dict[str, Any]:
         row = strongest_word_row([s for s in samples if s["step"] == line["step"]])
         line["strongest_word_share"] = dict(zip(("mean", "low", "high"), row[1:], strict=True))
     last_pass = [line["clip_ratio"] for line in steps]
+    environment = json.loads((folder / "environment.json").read_text())
     return {
         "seed": seed,
+        "commit": environment["commit"],
+        "started": environment["started"],
         "num_steps": len(steps),
         "before": {name: evaluations[0][name] for name in QUANTITIES},
         "after": {name: evaluations[-1][name] for name in QUANTITIES},
@@ -83,7 +87,8 @@ def as_markdown(record: dict[str, Any]) -> str:
         "In brackets: 95% interval over the held-out prompts of one run (for the clip ratio: lowest and highest step).",
     ]
     for run in record["runs"]:
-        lines += ["", f"## Seed {run['seed']}, {run['num_steps']} steps", "", "| | before | after |", "|---|---|---|"]
+        lines += ["", f"## Seed {run['seed']}, {run['num_steps']} steps", ""]
+        lines += [f"Commit {run['commit']}, {run['started']}.", "", "| | before | after |", "|---|---|---|"]
         lines += [f"| {n} | {cell(run['before'][n])} | {cell(run['after'][n])} |" for n in QUANTITIES]
         lines += [
             "",

@@ -16,7 +16,7 @@ from pairtune.algorithms import ALGORITHMS
 from pairtune.config import METHODS, TrainConfig
 from pairtune.maths import pairwise
 from pairtune.models.logprobs import Scorer
-from pairtune.types import Completions, Experience, LossOutput
+from pairtune.types import Completions, Experience, LossOutput, Targets
 
 P3O = ALGORITHMS["p3o"]
 CLIPS = ["joint", "separate", "none"]
@@ -402,3 +402,15 @@ def test_without_clip_the_gradient_is_exact_wherever_the_completions_come_from()
     assert distance(**{"p3o.kl_at": "sampling"}) > 1e-4
     assert distance(**{"p3o.max_ratio": 1.0}) > 1e-4
     assert distance(**{"p3o.clip": "joint"}) > 1e-4
+
+
+def test_an_undecided_label_is_half_a_hit() -> None:
+    policy, experience = batch(num_generations=2)
+    labels = torch.tensor([[1.0], [0.0], [0.5], [0.9], [0.5]], dtype=torch.float64)
+    targets = Targets(labels=labels, label_mask=torch.ones_like(labels, dtype=torch.bool))
+    output = ALGORITHMS["online_dpo"].loss(
+        policy, with_fields(experience, targets=targets), config(algorithm="online_dpo")
+    )
+    ratios = summed(policy.detach(), experience) - summed(experience.ref_logprobs, experience)
+    first = (ratios[:, 0] > ratios[:, 1]).tolist()
+    assert output.metrics["preference_accuracy"].tolist() == [first[0], not first[1], 0.5, first[3], 0.5]

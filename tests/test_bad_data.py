@@ -3,6 +3,7 @@ do, or a count of what was left out and why; never a silent NaN."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from conftest import build_tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from pairtune import PairtuneError
-from pairtune.config import RewardConfig, SFTConfig
+from pairtune.config import EvaluateConfig, RewardConfig, SFTConfig, TrainConfig
+from pairtune.data import load_eval_prompts, load_prompts
 from pairtune.models.logprobs import Scorer
 from pairtune.models.reward_backbone import RewardBackbone
 from pairtune.runs.metrics import read_jsonl
@@ -236,6 +238,23 @@ def test_what_is_wrong_is_said_in_one_sentence(run: Callable[..., Path], name: s
     with pytest.raises(PairtuneError, match=bad.sentence) as caught:
         run(bad.stage, bad.rows, tokenizer=bad.tokenizer, **(bad.words or {}))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", [f"a{HALF}", turns(f"a{HALF}")])
+def test_half_a_character_in_a_prompt_is_said_wherever_prompts_are_read(
+    tmp_path: Path, tiny_tokenizer: Any, prompt: Any
+) -> None:
+    """Of training and of evaluation, though nothing stands behind the prompt there."""
+    rows = [{"prompt": "good" if isinstance(prompt, str) else turns("good")}, {"prompt": prompt}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    sentence = r"^row 1 of dataset '.*prompts.jsonl': its text holds '.ud83d', which is half of a character; correct it"
+    for load, config in (
+        (load_prompts, TrainConfig(model="m", dataset=str(path), dataset_test_split=None)),
+        (load_eval_prompts, EvaluateConfig(model="m", dataset=str(path))),
+    ):
+        with pytest.raises(PairtuneError, match=sentence):
+            load(config, tiny_tokenizer)
 
 
 OF_ROWS = [name for name, bad in REFUSED.items() if bad.rows and not bad.tokenizer and "overflows" not in name][::3]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import build_tiny_model
 
 from pairtune import PairtuneError, TrainConfig, chat, train
@@ -50,6 +51,17 @@ def test_one_prompt_is_answered_with_what_the_model_says(
     assert capsys.readouterr().out == first
     sample(config(tiny_model_folder, prompt="Hello", num_generations=2, seed=4))
     assert capsys.readouterr().out != first
+
+
+def test_a_full_gpu_is_a_sentence(tiny_model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(chat.HFSampler, "generate", full)
+    with pytest.raises(
+        PairtuneError, match=r"^the GPU ran out of memory while sampling \(for 20.00 MiB more\); lower num"
+    ):
+        sample(config(tiny_model_folder, prompt="Hello"))
 
 
 def test_what_a_model_says_cannot_steer_the_terminal(

@@ -128,7 +128,12 @@ def test_sft_reads_a_file_and_flags_win(calls: Any, tmp_path: Path) -> None:
     assert (config.output_dir, config.batch_size, config.warmup_steps) == ("runs/sft", 32, None)
 
 
-def test_evaluate_sample_and_report(calls: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_sample_and_report(
+    calls: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("demo", "b"):
+        Path("runs", run).mkdir(parents=True)
     assert main(["evaluate", *NEEDED, "--top_p", "0.9", "--ref_model", "r"]) == 0
     assert main(["sample", "runs/demo", "--prompt", "Hi - you"]) == 0
     assert main(["sample", "--model", "runs/demo"]) == 0
@@ -143,6 +148,9 @@ def test_evaluate_sample_and_report(calls: Any, capsys: pytest.CaptureFixture[st
         ("report", ([Path("runs/demo")],), {"output": None, "figures": None}),
         ("report", ([Path("runs/demo"), Path("runs/b")],), {"output": "r.html", "figures": "out"}),
     ]
+    assert main(["report", "runs/demo", "runs/c"]) == 2
+    assert "there is no run folder runs/c; name the output_dir" in capsys.readouterr().err
+    assert len(calls) == 5
 
 
 def test_what_verbs_hand_over_to_exists() -> None:

@@ -6,30 +6,35 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
 from rich.console import Console
+from synthetic import make_run
+from test_evidence_runs import sample, write_run
 
 from pairtune import PairtuneError
 from pairtune.cli import main
-from pairtune.config import CompareConfig, config_to_yaml, load_config
+from pairtune.config import CompareConfig, TrainConfig, config_to_yaml, load_config
 from pairtune.evidence import compare as compare_module
-from pairtune.evidence import comparison
+from pairtune.evidence import comparison, held_out
 from pairtune.evidence.compare import compare
 from pairtune.evidence.comparison import clip_of, show
-from pairtune.evidence.grid import PRESETS, grid_of
-from pairtune.evidence.runs import Arm, Run, cell_folders, group_arms, read_run, read_runs
+from pairtune.evidence.grid import PRESETS, Cell, Grid, grid_of
+from pairtune.evidence.runs import Arm, Run, cell_folders, evaluation_samples, group_arms, read_run, read_runs
 from pairtune.runs.metrics import read_jsonl, without_times
 
 BASE: dict[str, Any] = {
@@ -111,6 +116,11 @@ def copied(finished: Path, tmp_path: Path) -> Path:
         ({"base": {**BASE, "model": "m"}}, 'base.model is "m", but a task brings its own'),
         ({"base": {**BASE, "batch_size": "many"}}, "batch_size must be a whole number > 0"),
         ({"axes": {"beta": [0.1, 0.10]}}, "two cells are called p3o_beta-0.1_seed-0"),
+        ({"axes": {"seed": [1, 2]}}, "seed stands in axes, but `pairtune compare` sets it for every cell; use seeds."),
+        ({"methods": {"a": {"resume": False}}}, "resume stands in methods.a, but `pairtune compare` sets it"),
+        ({"sweep": {"axes": {"overwrite": [True]}}}, "overwrite stands in sweep.axes, but `pairtune compare` sets it"),
+        ({"cells": [{"method": "a", "output_dir": "b"}]}, "output_dir stands in cells, but `pairtune compare` sets it"),
+        ({"axes": {"max_steps": [1, 2]}}, "p3o_max_steps-1_seed-0 and p3o_max_steps-2_seed-0 come to one and the same"),
         ({"axes": {"beta": []}}, "axes must be lists of values by setting"),
         ({"sweep": {"axes": {"beta": [1]}}, "axes": {"beta": [1]}}, "beta stands in axes and in sweep.axes"),
         ({"sweep": {"axes": {"beta": [1]}, "seed": 1}}, "sweep.seed is 1, one of seeds"),
@@ -184,6 +194,24 @@ def test_an_axis_of_a_section_concerns_its_method_alone_and_explicit_cells_come_
     assert grid.cells[2].config.p3o.clip == "separate"
     assert grid.cells[0].settings == {"p3o.clip": "joint", "beta": 0.1}
     assert grid.cells[-1].config.algorithm == "grpo"
+
+
+def test_cells_whose_names_are_spelt_alike_have_folders_of_their_own() -> None:
+    methods: dict[str, Any] = {"P3O+": {"algorithm": "p3o"}, "P3O-": {"algorithm": "p3o", "beta": 0.3}}
+    methods |= {"α": {"algorithm": "rloo"}, "β": {"algorithm": "rloo", "beta": 0.3}}
+    words: dict[str, Any] = {"seeds": [0, 1], "sweep": {"axes": {"learning_rate": [0.1, 0.2]}}}
+    grid = grid_of(config(methods=methods, **words))
+    for cells, kind in ((grid.cells, "cells"), (grid.sweep, "sweep")):
+        names = [cell.name for cell in cells]
+        assert len(set(names)) == len(names) == 8
+        assert [cell.config.output_dir for cell in cells] == [f"runs/x/{kind}/{name}" for name in names]
+    names = [cell.name for cell in grid.cells]
+    # The first keeps what it is called alone, so that the others can be added to a folder that has it.
+    assert (names[:2], names[4:6]) == (["p3o_seed-0", "p3o_seed-1"], ["cell_seed-0", "cell_seed-1"])
+    assert re.fullmatch("p3o_[0-9a-f]{6}_seed-0", names[2])
+    assert names[2].removesuffix("0") == names[3].removesuffix("1")
+    alone = grid_of(config(methods={name: methods[name] for name in ("P3O+", "α")}, **words))
+    assert [cell.name for cell in alone.cells] == [*names[:2], *names[4:6]]
 
 
 def test_the_sweep_has_its_own_seed_and_prompts_and_the_middle_of_every_axis() -> None:
@@ -387,6 +415,171 @@ def test_a_failed_cell_is_told_and_the_rest_goes_on(
 
 
 @pytest.mark.usefixtures("no_page")
+@pytest.mark.parametrize("end", [(None, 1.0), (0.5, math.nan)])
+def test_a_run_of_the_sweep_that_measured_nothing_is_not_chosen(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, end: tuple[float | None, float]
+) -> None:
+    """A mean that is none stands as null in the lines of an evaluation."""
+    settings = config(finished, **TWO)
+    measured, ends = compare_module._end_of, {}
+
+    def end_of(path: Path) -> Any:
+        ends[path.name] = end if not ends else measured(path)
+        return ends[path.name]
+
+    monkeypatch.setattr(compare_module, "_end_of", end_of)
+    found = compare_module.sweep_of(settings, grid_of(settings))
+    assert found is not None
+    assert found["runs"][0]["status"] == "done"
+    assert [run["value"] is None for run in found["runs"]] == [True, False, False, False]
+    assert [run["chosen"] for run in found["runs"][:2]] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("tried", "chosen", "edge"),
+    [
+        ([0.1, 0.2, 1], 1, True),
+        ([0.1, 0.2, 1], 0.2, False),
+        ([0.1, 0.1], 0.1, False),
+        ([0, None], 0, False),
+        ([["q"], ["q", "v"]], ["q"], False),
+        ([False, True], True, False),
+        (["a", "b"], "a", False),
+    ],
+)
+def test_only_numbers_have_an_edge(tried: list[Any], chosen: Any, edge: bool) -> None:
+    """After the sweep had run, null and lists broke the comparison."""
+    cells = [Cell("x", "p3o", {"word": value}, TrainConfig(model="m", dataset="d")) for value in tried]
+    assert compare_module._is_at_edge("p3o", {"word": chosen}, Grid([], cells, [])) is edge
+
+
+def recorded_cells(grid: Grid, rewards: dict[str, float | None]) -> None:
+    """The folders of cells as if they had run: two evaluations of four prompts, a reward by method."""
+    for cell in [*grid.cells, *grid.sweep]:
+        its, folder = cell.config, Path(cell.config.output_dir)
+        reward = rewards[cell.method]
+        lines = [sample(step, row, reward and reward * (step + row)) for step in (0, 5) for row in range(4)]
+        record = {"name": cell.name, "method": cell.method, "settings": cell.settings, "status": "done", "error": None}
+        budget = dict.fromkeys(compare_module.BUDGET, 24)
+        words = {key: getattr(its, key) for key in ("algorithm", "seed", "dataset", "reward_funcs", "learning_rate")}
+        write_run(folder, lines, {**record, "steps": 5, "budget": budget}, **words)
+        ends = {"reward": {"mean": reward}, "kl": {"mean": 5.0}, "distinct_2": {"mean": 0.5, "low": 0.4, "high": 0.6}}
+        (folder / "evaluations.jsonl").write_text("".join(json.dumps({"step": s, **ends}) + "\n" for s in (0, 5)))
+
+
+@pytest.fixture
+def without_rewards(tmp_path: Path) -> CompareConfig:
+    """Of three methods one whose rewards are null throughout; all have run."""
+    words: dict[str, Any] = {**REAL, "task": {}, "budget": {}, "seeds": [0, 1], "methods": ["p3o", "rloo", "grpo"]}
+    settings = config(tmp_path / "out", **words, held_out_reward_funcs=["g"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text(config_to_yaml(settings))
+    recorded_cells(grid_of(settings), {"p3o": 1.0, "rloo": None, "grpo": 2.0})
+    return settings
+
+
+class Scoring:
+    """Stands in for all that `held_out` loads, and counts what is loaded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loaded: list[str] = []
+        self.prompts = [f"prompt {row}" for row in range(4)]
+        for name in ("load_tokenizer", "load_held_out", "load_rewards"):
+            monkeypatch.setattr(held_out, name, lambda *_, name=name, **__: self.loaded.append(name) or self)
+        monkeypatch.setattr(held_out, "decode", lambda *_: [])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, rows: list[int]) -> Any:
+        mask = torch.ones(len(rows), 1, dtype=torch.bool)
+        return SimpleNamespace(ids=mask.long(), mask=mask)
+
+    def score(self, batch: Any, completions: Any, *_: Any, **__: Any) -> Any:
+        shape = completions.completion_mask.shape[:2]
+        return SimpleNamespace(raw_rewards=torch.ones(shape), reward_mask=torch.ones(shape, dtype=torch.bool))
+
+
+def test_an_arm_without_rewards_takes_no_table_from_the_others(
+    without_rewards: CompareConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scoring = Scoring(monkeypatch)
+    monkeypatch.setattr(compare_module, "_train", lambda *_: pytest.fail("a finished cell was run again"))
+    path = compare(without_rewards)
+    found = tables(path)
+    note = "rloo: evaluations of rloo_seed-0, rloo_seed-1 have no reward, so the arm is left out where one is needed."
+    assert found["notes"] == [note]
+    ends = {arm["name"]: (arm["end"]["reward"]["mean"], arm["end"]["kl"]["mean"]) for arm in found["arms"]}
+    assert ends == {"p3o": (6.5, 5.15), "rloo": (None, 5.15), "grpo": (13.0, 5.15)}
+    (difference,) = found["differences"]
+    assert "rloo" not in (difference["first"], difference["second"])
+    assert [[arm["name"] for arm in line["arms"]] for line in found["matched"]] == [["p3o", "grpo"]]
+    assert [line["name"] for line in found["head_to_head"]["ranking"]][:2] == ["grpo", "p3o"]
+    assert "rloo" in {line["name"] for line in found["held_out"]["ranking"]}  # of what it wrote there are scores
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["rloo"])
+    assert row.split()[1] == "–"
+    # All six runs have one model, one split and one set of functions.
+    assert scoring.loaded == ["load_tokenizer", "load_held_out", "load_rewards"]
+    before = digests(path)
+    compare(without_rewards)
+    assert digests(path) == before
+
+
+def test_what_scores_is_loaded_anew_for_another_split(
+    without_rewards: CompareConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring = Scoring(monkeypatch)
+    loaded: held_out.Loaded = {}
+    for number, run in enumerate(read_runs([Path(without_rewards.output_dir)])[:4]):
+        run.config["dataset_test_split"] = "test" if number % 2 else "test[:4]"
+        held_out.held_out_scores(run, ["g"], loaded=loaded)
+    assert len(scoring.loaded) == 6
+
+
+def test_a_cell_without_a_reward_is_shown_with_a_dash_and_a_sweep_of_such_chooses_nothing(
+    tmp_path: Path,
+) -> None:
+    words: dict[str, Any] = {**REAL, "task": {}, "budget": {}, "methods": ["p3o", "rloo"]}
+    sweep = {"axes": {"learning_rate": [1e-5, 1e-4]}, "split": "test[:9]"}
+    settings = config(tmp_path / "out", **words, sweep=sweep)
+    grid = grid_of(settings)
+    recorded_cells(grid, {"p3o": 1.0, "rloo": None})
+    console = Console(file=io.StringIO(), width=200)
+    shown = compare_module._Shown(2, 0, "cell", console, 1)
+    for cell in grid.cells:
+        shown.begin(cell)
+        shown.end(cell, {"status": "done"})
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "rloo_seed-0  reward –, KL 5.00" in text
+    assert "p3o_seed-0  reward 1.000, KL 5.00" in text
+    swept = compare_module.sweep_of(settings, grid)
+    assert swept is not None
+    assert [run["value"] is None for run in swept["runs"]] == [False, False, True, True]
+    assert swept["chosen"]["rloo"] is None
+    compare_module._fail_unchosen(grid, swept)
+    record = json.loads((Path(grid.cells[1].config.output_dir) / "cell.json").read_text())
+    assert record["error"] == (
+        "no run of the sweep of rloo measured what the rule goes by, so nothing was chosen for it"
+    )
+
+
+def test_the_truth_of_a_policy_that_broke_is_valid_json(tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    task, model = compare_module.task_of(settings.task), compare_module.starting_policy(settings.task)
+    words = {**BASE, "model": "m", "dataset": "d", "reward_funcs": ["f"], "output_dir": str(tmp_path)}
+    reward = compare_module._exact_reward(task, model, TrainConfig(**words))
+    for step, weight in enumerate((0.0, math.nan)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += weight
+        state = SimpleNamespace(global_step=step)
+        reward(prompts=[], completion_ids=[], trainer_state=state, evaluation=[])
+    assert "NaN" not in (tmp_path / "exact.jsonl").read_text()
+    first, last = read_jsonl(tmp_path / "exact.jsonl")
+    assert first["kl"] == pytest.approx(0)
+    assert (last["reward"], last["kl"], last["regret"]) == (None, None, None)
+
+
 def test_where_no_run_of_a_sweep_finished_its_cells_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = compare_module._train
 
@@ -430,6 +623,62 @@ def test_a_clip_that_never_or_always_worked_is_a_void_ablation(finished: Path) -
     console = Console(file=io.StringIO(), width=200)
     show(content, console)
     assert "void: clip_ratio of P3O joint was 0 in every step, so its clip was not tested" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def shown_on_a_console(content: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    show(content, console)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+
+def test_the_console_says_what_its_intervals_are_over(finished: Path) -> None:
+    content = tables(finished)
+    both, alone = "prompts and training seeds together", "prompts alone (one seed)"
+    text = "±: half a 95% interval over {}. KL in nats"
+    assert text.format(f"training seeds, of the strength over {both}") in shown_on_a_console(content)
+    content["task"] = None
+    assert text.format(both) in shown_on_a_console(content)
+    content["arms"][0]["seeds"] = [0]
+    assert "together (a policy of one seed adds no spread between seeds). KL" in shown_on_a_console(content)
+    content["arms"][1]["seeds"] = [0]
+    assert text.format(alone) in shown_on_a_console(content)
+    content["task"] = tables(finished)["task"]
+    assert text.format(f"{alone}, of the strength alone") in shown_on_a_console(content)
+
+
+def arms_of(folder: Path, **other: Any) -> list[Arm]:
+    """Two arms of two seeds; the second has other words."""
+    runs = [
+        make_run(folder / f"{method}-{seed}", method, seed=seed, steps=(0, 4), completions_a_prompt=2, **words)
+        for method, words in (("p3o", {}), ("ppo", other))
+        for seed in (0, 1)
+    ]
+    return group_arms(read_runs(runs))
+
+
+@pytest.mark.parametrize("other", [{"temperature": 0.7}, {"model": "bigger"}, {"top_p": 0.9}, {"dataset": "other"}])
+def test_arms_that_start_apart_have_no_start_in_common(tmp_path: Path, other: dict[str, Any]) -> None:
+    arms = arms_of(tmp_path, **other)
+    assert comparison._best_of_n(arms) == []
+    scored = {run.name: [float(line["row"]) for line in evaluation_samples(run)] for arm in arms for run in arm.runs}
+    for scores in (None, scored):  # of the starting policy there is none
+        found = comparison._head_to_head(arms, scores)
+        assert found is not None
+        assert found["names"] == [arm.name for arm in arms]
+        assert found["length_controlled"] == []
+
+
+@pytest.mark.parametrize("other", [{}, {"learning_rate": 1.0}, {"dataset": "pairs", "eval_dataset": "one"}])
+def test_arms_that_start_alike_have_it_among_them(tmp_path: Path, other: dict[str, Any]) -> None:
+    arms = arms_of(tmp_path, **other)
+    if "eval_dataset" in other:
+        for run in arms[0].runs:
+            run.config["eval_dataset"] = "one"
+    assert [point["n"] for point in comparison._best_of_n(arms)] == [1, 2, 4]
+    found = comparison._head_to_head(arms, None)
+    assert found is not None
+    assert found["names"] == ["starting policy", *(arm.name for arm in arms)]
+    assert [line["name"] for line in found["length_controlled"]] == [arm.name for arm in arms]
 
 
 # ----------------------------------------------------------------------------------------------------- a real language

@@ -202,6 +202,10 @@ def test_bad_json_lines_are_refused(tmp_path: Path, content: str, message: str) 
         ("rows.json", b'"a"', "must hold a list of objects"),
         ("rows.jsonl", b'{"prompt": "\xff"}', "cannot read .*utf-8"),
         ("rows.jsonl.gz", b"not gzip", "cannot read .*gzip"),
+        pytest.param("rows.jsonl.gz", gzip.compress(b"x" * 99)[:-9], "cannot read .*end-of-stream", id="cut gzip"),
+        pytest.param(
+            "rows.jsonl.gz", gzip.compress(b"x")[:10] + b"\xff" * 20, "cannot read .*while decomp", id="damaged gzip"
+        ),
         ("rows.parquet", b"not parquet", "cannot read .* as Parquet"),
         ("rows.csv", b"prompt\na\n", r"must end in one of \.jsonl"),
     ],

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from pairtune import PairtuneError, TrainConfig, train
+from pairtune.models import loading
 from pairtune.runs import checkpoint
 from pairtune.runs.metrics import read_jsonl, without_times
 from pairtune.stages import rl
@@ -35,7 +36,23 @@ def small_words(completions: list[str], prompts: list[str], trainer_state: Any, 
     return [None if prompt.startswith("So") else sum(map(str.islower, text)) / 8 for text, prompt in pairs]
 
 
-def work(rank: int, world_size: int, port: int, tokenizer: str, words: dict[str, Any], kill_at: str = "") -> None:
+def moved(model: Any, rank: int) -> Any:
+    """The model, on every process but the first with weights of its own."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * rank
+    return model
+
+
+def work(
+    rank: int,
+    world_size: int,
+    port: int,
+    tokenizer: str,
+    words: dict[str, Any],
+    kill_at: str = "",
+    apart: str = "",
+) -> None:
     """One process of a run; leaves its weights beside the run folder."""
     if world_size > 1:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -58,6 +75,16 @@ def work(rank: int, world_size: int, port: int, tokenizer: str, words: dict[str,
     }
     # float64 throughout, which a Llama's norms are not.
     model = build_tiny_model("gpt2").to(torch.float64)
+    if apart == "model":
+        moved(model, rank)
+    elif apart == "adapter":
+        with_adapter = loading._with_adapter
+
+        def drawn(*given: Any) -> Any:
+            torch.manual_seed(rank)
+            return with_adapter(*given)
+
+        loading._with_adapter = drawn  # this process ends with the run
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*were not computed alike")
         result = train(
@@ -85,7 +112,7 @@ def forked() -> Iterator[Forked]:
 def together(forked: Forked, tmp_path: Path, _tokenizer_folder: str) -> Any:
     """together(num_processes, name, **words of the configuration): a run of so many processes."""
 
-    def start(num_processes: int, name: str, kill_at: str = "", **words: Any) -> Path:
+    def start(num_processes: int, name: str, kill_at: str = "", apart: str = "", **words: Any) -> Path:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -101,6 +128,7 @@ def together(forked: Forked, tmp_path: Path, _tokenizer_folder: str) -> Any:
                         "tokenizer": _tokenizer_folder,
                         "words": {"output_dir": str(run), **words},
                         "kill_at": kill_at,
+                        "apart": apart,
                     },
                     str(tmp_path / f"{name}-{rank}.log"),
                 )
@@ -197,6 +225,46 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on(together: Any) ->
         assert torch.equal(weights(parts, rank=1)[name], tensor)
     for log in ("metrics", "evaluations", "samples"):
         assert lines(parts, log) == lines(whole, log)
+
+
+@pytest.mark.parametrize(("apart", "way"), [("model", {}), ("adapter", {"lora_r": 2})])
+def test_all_processes_start_from_the_same_bits(together: Any, apart: str, way: dict[str, int]) -> None:
+    """A model passed in, and its reference (or a warning would end the run); an adapter that is drawn at random."""
+    two = together(2, "two", apart=apart, max_steps=1, **way)
+    for name, tensor in weights(two).items():
+        assert torch.equal(weights(two, rank=1)[name], tensor)
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1)])
+def test_earlier_batches_bind_a_run_to_its_number_of_processes(together: Any, before: int, now: int) -> None:
+    words = {"algorithm": "online_dpo", "replay": 1}
+    rank = "None" if before == 1 else 1
+    run = together(before, "run", kill_at=f"1 of rank {rank}", **words)
+    found = checkpoint.latest(run)
+    assert found is not None
+    assert checkpoint.load(found)[1]["num_processes"] == before
+    with pytest.raises(AssertionError, match=f"holds the earlier batches of {before} process.* and {now} would go on"):
+        together(now, "run", resume=True, **words)
+
+
+def test_without_earlier_batches_the_number_of_processes_may_change(together: Any) -> None:
+    run = together(2, "run", kill_at="1 of rank 1")
+    together(1, "run", resume=True)
+    assert len(lines(run, "metrics")) == 3
+
+
+def test_a_checkpoint_that_does_not_say_its_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of older versions: the shares in it tell."""
+    shares = {f"replay.{rank}.0.rewards": torch.zeros(1) for rank in (0, 1)}
+    rl._check_processes({}, {}, Path("step-2"))
+    with pytest.raises(
+        PairtuneError, match=r"step-2 holds the earlier batches of 2 processes and 1 would .* with 2, or"
+    ):
+        rl._check_processes(shares, {}, Path("step-2"))
+    monkeypatch.setattr(rl.distributed, "world_size", lambda: 2)
+    rl._check_processes(shares, {}, Path("step-2"))
+    with pytest.raises(PairtuneError, match="of 1 process and 2 would"):
+        rl._check_processes({"replay.0.0.rewards": torch.zeros(1)}, {"num_processes": 1}, Path("step-2"))
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,17 @@ def test_without_a_reference_there_is_no_kl(tiny_model_folder: str, capsys: pyte
     assert "KL" not in output
 
 
+def test_a_full_gpu_is_a_sentence(tiny_model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(HFSampler, "generate", full)
+    with pytest.raises(
+        PairtuneError, match=r"^the GPU ran out of memory while evaluating .*; lower batch_size, reward_"
+    ):
+        evaluated(tiny_model_folder)
+
+
 def test_against_a_reference(
     tiny_model_folder: str, other_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +255,15 @@ def test_against_a_reference(
     assert len(written["samples"]) == 10
     same = evaluated(tiny_model_folder, ref_model=tiny_model_folder)
     assert same["kl"] == same["kl_k1"] == {"mean": 0, "low": 0, "high": 0}
+
+
+def test_what_is_no_number_is_null_in_the_file(tiny_model_folder: str, tmp_path: Path) -> None:
+    """One prompt has no spread, and a KL to a law that excludes a token has no bound: JSON can say neither."""
+    output = tmp_path / "result.json"
+    line = evaluated(tiny_model_folder, output=str(output), num_eval_prompts=1)
+    assert math.isnan(line["length"]["low"])
+    written = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert written["evaluation"]["length"] == {"mean": line["length"]["mean"], "low": None, "high": None}
 
 
 def test_two_models_share_a_layout_that_both_can_take(

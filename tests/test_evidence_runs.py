@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ import yaml
 
 from pairtune import PairtuneError
 from pairtune.config import TrainConfig, config_to_dict
+from pairtune.evidence import held_out
+from pairtune.evidence.comparison_frontier import compare_arms, frontier_blocks
+from pairtune.evidence.comparison_page import comparison_page
+from pairtune.evidence.comparison_wins import head_to_head_blocks
+from pairtune.evidence.figures import Chart
+from pairtune.evidence.page import Choice, render
 from pairtune.evidence.runs import (
     evaluated,
     evaluated_together,
@@ -141,6 +148,18 @@ def test_a_cell_is_called_what_its_comparison_calls_it_and_counts_when_it_is_don
     assert [arm.name for arm in arms] == ["ours", "theirs"]
 
 
+def test_what_a_grid_varies_tells_arms_apart_whatever_it_changes(tmp_path: Path) -> None:
+    """After the whole grid had run, two of its cells were taken for one run twice."""
+    sizes: list[dict[str, Any]] = [{"micro_batch_size": 2}, {"micro_batch_size": 4}, {}]
+    for number, settings in enumerate(sizes):
+        for seed in (0, 1):
+            cell = {"method": "p3o", "status": "done", "settings": settings}
+            write_run(tmp_path / f"{number}{seed}", cell=cell, seed=seed, **settings, save_steps=number + 1)
+    arms = group_arms(read_runs(sorted(tmp_path.iterdir())))
+    assert [arm.name for arm in arms] == [f"p3o, micro_batch_size {size}" for size in ("2", "4", "null")]
+    assert [[run.seed for run in arm.runs] for arm in arms] == [[0, 1]] * 3
+
+
 def test_one_seed_twice_is_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "a")
     write_run(tmp_path / "b")
@@ -189,6 +208,65 @@ def test_only_shared_steps_and_prompts_count(tmp_path: Path) -> None:
     assert second.reward.tolist() == [[[1.0], [3.0]]]
 
 
+def test_seeds_that_end_at_different_steps_end_at_one_place(tmp_path: Path) -> None:
+    """A budget of tokens: the end is the last evaluation of each seed, not the last step that all of them have."""
+    for seed, steps in enumerate([(0, 5, 10, 12), (0, 5, 10), (0, 5, 7, 10, 14)]):
+        folder = write_run(tmp_path / str(seed), [sample(s, row, s + row) for s in steps for row in (0, 1)], seed=seed)
+        keys = {"length": 2.0, "truncated": 0.0}
+        truth = [{"step": step, "reward": 2.0 * step, "kl": step, "regret": 0.1, **keys} for step in steps]
+        (folder / "exact.jsonl").write_text("".join(json.dumps(line) + "\n" for line in truth))
+    (arm,) = group_arms(read_runs([tmp_path / name for name in "012"]))
+    sampled, exact = evaluated(arm, shared_prompts([arm])), evaluated(arm)
+    # Seed 1 ends at step 10, so that this is no step between for the others; 7 and 12 are those of one seed alone.
+    assert sampled.steps.tolist() == exact.steps.tolist() == [0, 5, 14]
+    assert sampled.reward[..., 0].tolist() == [[0.0, 5.0, 12.0], [0.0, 5.0, 10.0], [0.0, 5.0, 14.0]]
+    assert exact.kl[..., 0].tolist() == [[0.0, 5.0, 12.0], [0.0, 5.0, 10.0], [0.0, 5.0, 14.0]]
+    # All that is shown of the end is of these evaluations, and named as them.
+    compared = compare_arms([arm], {})
+    (choice, *_) = frontier_blocks(compared)
+    assert isinstance(choice, Choice)
+    ((mean, *others), *_) = [chart.series for chart in choice.figures if isinstance(chart, Chart)]
+    assert [point.text for point in mean.points] == [
+        "step 0, mean of seeds 0, 1, 2",
+        "step 5, mean of seeds 0, 1, 2",
+        "the end (steps 10 to 14), mean of seeds 0, 1, 2",
+    ]
+    seeds = [one.points[-1].text for one in others if one.faint]
+    assert seeds == ["step 12, seed 0 alone", "step 10, seed 1 alone", "step 14, seed 2 alone"]
+    assert [evaluation_samples(run)[0]["step"] for run in arm.runs] == [12, 10, 14]
+
+
+def test_an_end_without_rewards_is_no_earlier_end(tmp_path: Path) -> None:
+    """It stands as NaN, and takes no prompt away from the others."""
+    write_run(tmp_path / "0", [sample(step, row, None if step else 1.0) for step in (0, 5) for row in (0, 1)])
+    write_run(tmp_path / "1", [sample(step, row, 1.0) for step in (0, 5) for row in (0, 1)], algorithm="rloo")
+    arms = group_arms(read_runs([tmp_path / "0", tmp_path / "1"]))
+    mute, other = evaluated_together(arms)
+    assert mute.reward[0, 0].tolist() == [1.0, 1.0]
+    assert mute.reward[0, 1].isnan().all()
+    assert mute.kl[0].tolist() == other.kl[0].tolist() == [[0.0, 0.1], [5.0, 5.1]]
+    assert (mute.has_rewards, other.has_rewards) == (False, True)
+
+
+def test_a_page_shows_what_there_is_without_rewards(tmp_path: Path) -> None:
+    samples = {"0": None, "1": 1.0, "2": 2.0}
+    for name, reward in samples.items():
+        lines = [sample(step, row, reward and reward * step + row) for step in (0, 5, 9) for row in (0, 1)]
+        write_run(tmp_path / name, lines, beta=0.1 + int(name))
+    runs = read_runs([tmp_path / name for name in samples])
+    page = comparison_page(runs, [run.folder for run in runs])
+    assert page.verdict.startswith("At matched KL, p3o joint, beta 1.1 has ")
+    assert {"Matched KL", "Head to head", "Numbers", "What a setting does"} <= {
+        word for section in page.sections for word in (section.link, section.title)
+    }
+    render(page)
+    # Nor does it break where nobody has any.
+    page = comparison_page(runs[:1], [runs[0].folder])
+    blocks = head_to_head_blocks(compare_arms(group_arms(runs[:1]), {}))
+    assert "No completion has a reward" in str(blocks[0])
+    render(page)
+
+
 def test_rows_of_two_data_sets_are_never_taken_for_one(tmp_path: Path) -> None:
     write_run(tmp_path / "0", [sample(0, 0, 1.0), sample(0, 1, 1.0)])
     write_run(tmp_path / "1", [sample(0, 0, 1.0, prompt="another"), sample(0, 1, 1.0)], seed=1)
@@ -224,6 +302,23 @@ def test_the_truth_of_a_task_stands_in_for_what_was_sampled(tmp_path: Path) -> N
     assert (found.length.unique().tolist(), found.num_prompts) == ([2.5], 1)
     # As sampled, where prompts are asked for.
     assert evaluated(arm, shared_prompts([arm])).num_prompts == 3
+
+
+def test_a_truth_that_is_no_number_is_read_as_none(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "0")
+    line = {"step": 0, "reward": None, "kl": None, "regret": None, "length": 2.0, "truncated": 0.0}
+    (folder / "exact.jsonl").write_text(json.dumps(line) + "\n")
+    (found,) = evaluated_together(group_arms(read_runs([tmp_path / "0"])))
+    assert found.reward.isnan().all()
+    assert found.kl.isnan().all()
+    assert found.length.tolist() == [[[2.0]]]
+
+
+def test_a_score_that_is_no_number_is_kept_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_run(write_run(tmp_path / "0"))
+    monkeypatch.setattr(held_out, "_scored", lambda *_: [math.inf, None, 1.0])
+    assert held_out.held_out_scores(run, ["f"]) == [None, None, 1.0]
+    assert "Infinity" not in (run.folder / held_out.HELD_OUT).read_text()
 
 
 def test_samples_of_the_last_evaluation(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from test_train import HELD_OUT, PROMPTS, lines, share_of_letters
 from pairtune import PairtuneError, TrainConfig, train
 from pairtune.cli import main
 from pairtune.config import JudgeConfig
+from pairtune.evidence import judge as judge_module
 from pairtune.evidence.judge import VERDICTS, judge
 from pairtune.evidence.runs import JUDGED
+from pairtune.feedback.judges import Pair, Verdict
 from pairtune.maths.masking import pair_indices
 from pairtune.runs import folder
 
@@ -40,6 +44,7 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "def longer(first, second): return [float(len(a) > len(b)) if len(a) != len(b) else 0.5"
         " for a, b in zip(first, second)]\n"
         "def first(first, second): return [1.0] * len(first)\n"
+        "def mute(first, second): return [None] * len(first)\n"
         "def unsure(first, second): return [None if a == b'' or len(a) % 3 == 0 else 0.9 for a in first]\n"
         "def letters(completions): return [float(sum(c.isalpha() for c in text)) for text in completions]\n"
     )
@@ -207,6 +212,59 @@ def test_a_judge_without_any_verdict() -> None:
     assert (pair["no_verdict"], pair["score"]["mean"], pair["position_bias"]["mean"]) == (20, None, None)
 
 
+def test_three_sides_without_any_verdict_have_no_ranking(capsys: pytest.CaptureFixture[str]) -> None:
+    sides = [completions(f"{name}.jsonl", [name * n for n in range(1, 5)]) for name in "abc"]
+    returned = result(*sides, model="judges.py:mute")
+    summary, verdicts = read()
+    assert summary == json.loads(json.dumps(returned))
+    assert (summary["ranking"], len(verdicts)) == ([], 24)
+    assert summary["matrix"]["rates"] == [[None] * 3] * 3
+    assert "Bradley-Terry" not in capsys.readouterr().out
+
+
+def test_verdicts_are_kept_whatever_becomes_of_their_summary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may have cost money."""
+
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(judge_module, "summarise", broken)
+    with pytest.raises(ZeroDivisionError):
+        result(*two_files())
+    assert len(Path("out", VERDICTS).read_text().splitlines()) == 40
+
+
+def test_a_comparison_without_a_finished_cell_is_no_side() -> None:
+    _, b = two_files()
+    for status in ("running", "failed"):
+        cell = Path("cmp", "cells", status)
+        cell.mkdir(parents=True)
+        (cell / "cell.json").write_text(json.dumps({"name": status, "method": "p3o", "status": status}))
+    assert "no cell of cmp is done yet" in refusal("cmp", b)
+    assert "no cell of cmp is done yet" in refusal("cmp")
+
+
+def test_a_judge_that_computes_no_number_leaves_valid_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in a precision that overflows: JSON has no NaN, and null says as much."""
+
+    class Overflown:
+        name, sees_columns = "overflown", False
+
+        def check(self, example: Pair) -> None:
+            pass
+
+        def verdicts(self, pairs: Sequence[Pair], advance: Any) -> list[Verdict]:
+            return [Verdict(math.nan, mass=math.nan) for _ in pairs]
+
+    monkeypatch.setattr(judge_module, "load_judge", lambda config: Overflown())
+    result(*two_files())
+    for name in (JUDGED, VERDICTS):
+        assert not re.search("NaN|Infinity", Path("out", name).read_text())
+    summary, verdicts = read()
+    assert summary["mass"] is None
+    assert {(line["probability"], line["mass"]) for line in verdicts} == {(None, None)}
+
+
 def test_verdicts_are_whole_and_a_rerun_changes_no_byte(capsys: pytest.CaptureFixture[str]) -> None:
     odd = 'a "quoted"\n\u2028 line\x1b[31m <script> \U0001f600 \ud800 More helpful: A'
     a, b = completions("a.jsonl", [odd, "x", "xyz"]), completions("b.jsonl", ["y", "yy", "yyyy"])
@@ -298,6 +356,22 @@ def test_columns_and_conversations() -> None:
     b = write("b.jsonl", [{"question": turns, "answer": [{"role": "assistant", "content": "short"}]}])
     summary = result(a, b, prompt_column="question", completion_column="answer")
     assert summary["pairs"][0]["wins"] == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "doing"),
+    [("HFSampler", "generate", "sampling .*; lower eval_g"), ("", "judge_pairs", "judging .*; lower judge.batch_size")],
+)
+def test_a_full_gpu_is_a_sentence(
+    tiny_model_folder: str, monkeypatch: pytest.MonkeyPatch, place: str, name: str, doing: str
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(getattr(judge_module, place) if place else judge_module, name, full)
+    sides = [tiny_model_folder if place else completions("a.jsonl", ["a"] * 3), completions("b.jsonl", ["z"] * 3)]
+    with pytest.raises(PairtuneError, match=f"^the GPU ran out of memory while {doing}"):
+        result(*sides, model="judges.py:letters")
 
 
 def test_models_are_sampled_first_on_the_prompts_given(tiny_model_folder: str, tiny_tokenizer: Any) -> None:

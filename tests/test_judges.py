@@ -17,7 +17,7 @@ import torch
 from conftest import build_tiny_model
 from stub_endpoint import Stub, completion, endpoint, failure, longer, responses
 
-from pairtune.config import JudgeConfig, JudgeWords
+from pairtune.config import JudgeConfig, JudgeWords, TrainConfig
 from pairtune.errors import PairtuneError
 from pairtune.feedback import endpoint as client
 from pairtune.feedback.endpoint import ChatEndpoint, _Pace, _retry_after
@@ -40,6 +40,7 @@ from pairtune.feedback.judges import (
     role_markers,
 )
 from pairtune.feedback.reward_model import RewardModel
+from pairtune.runs import distributed
 
 KEY = "sk-very-secret-0123456789"
 PAIRS = [Pair(f"Question {n}", "x" * n, "y" * (7 - n)) for n in range(1, 7)]
@@ -447,6 +448,62 @@ def test_one_question_that_is_refused_does_not_end_the_rest() -> None:
     assert [one.probability for one in judgements] == [None, None, None, None, 1, 1]
 
 
+@pytest.mark.parametrize("concurrency", [1, 4])
+def test_credit_that_runs_out_ends_the_run_and_a_top_up_goes_on(concurrency: int) -> None:
+    """As no verdict each, it would have thrown away all that was still to be asked."""
+
+    def dry(number: int, question: str) -> Any:
+        return longer(number, question) if number < 5 else failure(402, "insufficient credits")
+
+    with endpoint(dry) as stub:
+        sentence = refusal(lambda: judge_pairs(judge_of(stub, concurrency=concurrency), PAIRS))
+        assert "is used up (402: 'insufficient credits'); top it up and go on" in sentence
+        asked = len(stub.requests)
+        assert asked <= 5 + concurrency
+        stub.answer = longer
+        assert [one.probability for one in judge_pairs(judge_of(stub), PAIRS)] == [0, 0, 0, 1, 1, 1]
+        assert len(stub.requests) - asked == 12 - 5
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_a_status_refused_is_asked_again_in_the_next_run(status: int, tmp_path: Path) -> None:
+    """What the model itself will not answer is kept: it has read the question."""
+
+    def picky(number: int, question: str) -> Any:
+        if responses(question) == ("xx", "yyyyy"):
+            return failure(status, "too much for today")
+        if responses(question) == ("xxx", "yyyy"):
+            return completion(None, "content_filter")
+        if responses(question) == ("xxxx", "yyy"):
+            return completion(None, refusal="400 times no")
+        return longer(number, question)
+
+    with endpoint(picky) as stub:
+        first = judge_pairs(judge_of(stub), PAIRS)
+        reasons = [one.as_shown.reason for one in first[1:4]]
+        assert reasons == [f"refused: {status}: 'too much for today'", "refused: 'filtered'", "refused: '400 times no'"]
+        stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+        assert (b"times no" in stored, b"too much" in stored) == (True, False)
+        stub.answer = longer
+        again = judge_of(stub)
+        second = judge_pairs(again, PAIRS)
+        assert len(stub.requests) == 12 + 1
+        assert again.endpoint.usage.from_cache == 11
+    assert second[1].as_shown.probability == 0
+    assert [one.as_shown for one in second[2:]] == [one.as_shown for one in first[2:]]
+
+
+def test_a_refusal_that_an_earlier_version_kept_is_asked_again() -> None:
+    with endpoint() as stub:
+        judge = judge_of(stub)
+        question = judge.form.question(PAIRS[0], judge.markers)
+        stored = {"text": "", "finished": True, "prompt_tokens": 0, "completion_tokens": 0}
+        stored["refusal"] = "402: 'insufficient credits'"
+        judge.endpoint._kept.write({judge.endpoint._identity(question): stored})
+        assert judge_pairs(judge, PAIRS[:1])[0].probability == 0
+        assert len(stub.requests) == 2
+
+
 def test_newer_models_call_the_limit_another_name() -> None:
     def modern(number: int, question: str) -> Any:
         if "max_tokens" in stub.requests[-1]:
@@ -664,6 +721,39 @@ def test_a_preference_function_judges() -> None:
     ]
 
 
+@pytest.mark.parametrize("other", ["bad", torch.tensor([2.0]), {("a", "tuple"): b"bytes"}, "half \ud83d"])
+def test_a_function_is_asked_about_equal_texts_with_other_columns(other: Any) -> None:
+    """Two rows that are the same but for what only a function sees are two questions."""
+
+    def prefer(first: list[str], second: list[str], topic: list[Any]) -> list[float]:
+        return [0.9 if isinstance(t, str) and t == "good" else 0.2 for t in topic]
+
+    def reward(completions: list[str], topic: list[Any]) -> list[float]:
+        return [
+            len(c) * (1 if isinstance(t, str) and t == "good" else -1) for c, t in zip(completions, topic, strict=True)
+        ]
+
+    pairs = [Pair("p", "aa", "b", columns={"topic": topic}) for topic in ("good", other, "good")]
+    asked = []
+    judge = function_judge(prefer)
+    verdicts = judge.verdicts
+    judge.verdicts = lambda some, advance: asked.append(len(some)) or verdicts(some, advance)  # type: ignore[method-assign]
+    assert probabilities(judge_pairs(judge, pairs)) == [(0.9, 0.9), (0.2, 0.2), (0.9, 0.9)]
+    assert asked == [4]
+    chances = [one.probability for one in judge_pairs(function_judge(reward), pairs)]
+    assert chances == pytest.approx([torch.tensor(r).sigmoid().item() for r in (1.0, -1.0, 1.0)])
+
+
+def test_columns_change_nothing_for_a_judge_that_sees_none() -> None:
+    """Answers are kept and drawn by these digests: those on disk must stay valid."""
+    pairs = [Pair("p", "aa", "b", columns={"topic": topic}) for topic in ("good", "bad")]
+    before = "4c742bc17b45eb4a494f419eb40217ecddeecc1f"
+    assert {pair.digest[:40] for pair in pairs} == {before}
+    with endpoint() as stub:
+        judge_pairs(judge_of(stub), pairs)
+        assert len(stub.requests) == 2
+
+
 def test_a_function_is_asked_the_same_whatever_the_order() -> None:
     """It may answer by what stands beside a pair, or by its place in the list."""
     calls: list[list[tuple[str, str]]] = []
@@ -729,6 +819,28 @@ def test_a_judge_gives_probabilities_to_training() -> None:
     answers = judged(prompts=["p"] * 4, first=first, second=second, trainer_state=state)
     assert answers == [pytest.approx(0.75), pytest.approx(0.25), 0.5, None]
     assert judged.metrics == {"answered": 2 / 3, "consistency": 1.0}
+
+
+def test_processes_that_train_together_share_the_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps its own time; four at the full pace would send four times what the endpoint allows."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    limits = {"model": "m", "base_url": "http://127.0.0.1:1/v1"}
+
+    def pauses(**values: Any) -> list[float]:
+        """Seconds between two questions of 10 tokens."""
+        section = {**limits, **values}
+        training = TrainConfig(model="m", dataset="d", preference_func="judge", algorithm="online_dpo", judge=section)
+        found = []
+        for config in (training, JudgeConfig(sides=["a", "b"], judge=section)):
+            judge = load_judge(config)
+            assert isinstance(judge, EndpointJudge)
+            judge.endpoint._pace.reserve(10)
+            found.append(judge.endpoint._pace.reserve(10))
+        return found
+
+    assert pauses(requests_per_minute=6) == pytest.approx([40, 10], abs=1)
+    assert pauses(tokens_per_minute=60) == pytest.approx([40, 10], abs=1)
+    assert pauses() == [0, 0]
 
 
 def test_a_verdict_can_be_kept_as_json() -> None:

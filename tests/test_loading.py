@@ -6,10 +6,12 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import EOS_ID, TinyModel, build_tiny_model
 from torch import Tensor, nn
 
@@ -101,12 +103,54 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto") == choose_device("cpu") == CPU
     with pytest.raises(PairtuneError, match="'cuda:1' was asked for, but torch sees no GPU; use device: cpu or auto"):
         choose_device("cuda:1")
-    with pytest.raises(PairtuneError, match="'abacus' is no device that torch knows; use auto, cpu or cuda"):
+    with pytest.raises(PairtuneError, match="'abacus' is no device that torch knows; use auto, cpu, cuda or cuda:N"):
         choose_device("abacus")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     assert choose_dtype("auto", torch.device("cuda")) == (torch.float32, "computing in float32 on the GPU")
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "xpu:1", "meta"])
+def test_a_device_that_nothing_was_made_for(name: str) -> None:
+    sentence = rf"^device: pairtune cannot compute on '{name}'; use auto, cpu, cuda or cuda:N\.$"
+    with pytest.raises(PairtuneError, match=sentence):
+        choose_device(name)
+
+
+@pytest.mark.parametrize(("count", "there"), [(1, "the only GPU is cuda:0"), (4, "the GPUs are cuda:0 to cuda:3")])
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, count: int, there: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert choose_device(f"cuda:{count - 1}") == torch.device("cuda", count - 1)
+    with pytest.raises(PairtuneError, match=f"'cuda:7' was asked for, but {there}; use one that is there, or auto"):
+        choose_device("cuda:7")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cuda:7"])
+def test_of_several_processes_each_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Reward models and judges too, which are told the configuration's device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    monkeypatch.setattr(loading.distributed, "world_size", lambda: 4)
+    assert choose_device(name) == torch.device("cuda:2")
+    assert choose_device("cpu") == CPU
+
+
+def test_the_main_process_decides_the_precision_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def gather(value: Any) -> list[Any]:
+        told.append(value)
+        return [["bfloat16", "as measured there"], value]
+
+    monkeypatch.setattr(loading, "_matmul_rate", {torch.float32: 1.0, torch.bfloat16: 1.0}.__getitem__)
+    monkeypatch.setattr(loading.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(loading.distributed, "gather_objects", gather)
+    assert choose_dtype("auto", CPU) == (torch.bfloat16, "as measured there")
+    assert choose_dtype("float32", CPU)[0] is torch.float32  # not measured, so nothing to ask
+    assert told == [None]
 
 
 @pytest.mark.parametrize(
@@ -255,7 +299,7 @@ def test_more_layers_than_there_are(tiny_llama: Any, tiny_tokenizer: Any, num_la
 
 
 def test_layers_under_another_name(tiny_llama: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "body", lambda model: nn.Module())
+    monkeypatch.setattr(loading, "decoder_layers", lambda model: None)
     with pytest.raises(PairtuneError, match="keeps its decoder layers under no name that pairtune knows"):
         load_policy(tiny_llama, tokenizer=tiny_tokenizer, trainable_layers=1)
 
@@ -309,6 +353,36 @@ def test_a_copy_of_bfloat16_values_takes_half_the_memory_and_loses_no_bit(tiny_m
             assert torch.equal(twin(ids).logits, model(ids).logits)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not any(p.requires_grad for p in twin.parameters())
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma3"])
+def test_a_copy_of_a_model_that_scales_its_embeddings_loses_no_bit_either(kind: str) -> None:
+    name = {"gemma": "Gemma", "gemma3": "Gemma3Text"}[kind]
+    words = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 12}
+    config = getattr(transformers, f"{name}Config")(**words, num_attention_heads=4, num_key_value_heads=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = rounded(getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).eval())
+    twin = frozen_copy(model)
+    ids = torch.arange(7, 27).view(2, 10)
+    with torch.no_grad():
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+    of_layers = {p.dtype for p in twin.model.layers.parameters()}
+    assert of_layers == {torch.bfloat16}
+
+
+def test_a_model_whose_code_needs_its_weights_wide_is_copied_as_it_is(tiny_llama: Any) -> None:
+    model = rounded(tiny_llama)
+    layer = model.model.layers[0].mlp
+    plain = type(layer).forward
+
+    def reads_a_weight(its: Any, hidden: Tensor) -> Tensor:
+        return plain(its, hidden) + hidden @ its.gate_proj.weight.T @ its.down_proj.weight.T
+
+    layer.forward = MethodType(reads_a_weight, layer)
+    twin = frozen_copy(model)
+    twin.model.layers[0].mlp.forward = MethodType(reads_a_weight, twin.model.layers[0].mlp)
+    assert {p.dtype for p in twin.parameters()} == {torch.float32}
 
 
 def test_a_copy_of_finer_values_stays_float32(tiny_llama: Any) -> None:
@@ -427,6 +501,29 @@ def test_a_folder_with_an_adapter_is_merged_into_its_base(tiny_model_folder: str
     shutil.rmtree(tiny_model_folder)
     with pytest.raises(PairtuneError, match="could not be loaded"):
         load_causal_lm(str(tmp_path / "adapter"), dtype=torch.float32, device=CPU)
+
+
+def test_what_an_adapter_has_learned_survives_bfloat16(tiny_model_folder: str, tmp_path: Path) -> None:
+    policy = load_policy(tiny_model_folder, dtype="bfloat16", **WAYS["lora"])
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:  # as after a few hundred updates at a small learning rate
+                parameter.copy_(3e-4 * torch.randn_like(parameter))
+    policy.model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(7, 27)[None]
+    kept, merged, base = (
+        load_causal_lm(path, dtype=torch.bfloat16, device=CPU, merge=merge)
+        for path, merge in (
+            (str(tmp_path / "adapter"), False),
+            (str(tmp_path / "adapter"), True),
+            (tiny_model_folder, False),
+        )
+    )
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        acted, loaded, summed, start = (model(ids).logits.float() for model in (policy.model, kept, merged, base))
+    assert torch.equal(loaded, acted)
+    assert (summed - acted).norm() > 0.3 * (acted - start).norm()  # why it is not merged
 
 
 def test_a_model_passed_in_is_trained_in_place(tiny_llama: Any, tiny_tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
@@ -17,12 +18,15 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from pairtune.models import logprobs
 from pairtune.models.logprobs import (
     Scorer,
     can_share_prefix,
@@ -58,6 +62,8 @@ def tiny(name: str, **changes: Any) -> nn.Module:
         return Qwen2ForCausalLM(Qwen2Config(**words, tie_word_embeddings=True)).eval()
     if name == "qwen3":
         return Qwen3ForCausalLM(Qwen3Config(**words, head_dim=8)).eval()
+    if name == "olmo3":
+        return Olmo3ForCausalLM(Olmo3Config(**words, pad_token_id=None)).eval()
     if name == "mistral":
         return MistralForCausalLM(MistralConfig(**words, sliding_window=6)).eval()
     config = GPT2Config(
@@ -201,6 +207,47 @@ def test_trunk_and_top_are_the_whole(name: str, splits: bool) -> None:
         assert torch.equal(top.logprobs(layout, top.features(layout))[0], expected)
 
 
+MIXED = {
+    "qwen2": {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 6},
+    "olmo3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 6},
+}
+
+
+@pytest.mark.parametrize("num_top_layers", [1, 2])
+@pytest.mark.parametrize("name", MIXED)
+def test_the_top_of_layers_of_two_kinds_keeps_the_kind_of_each(name: str, num_top_layers: int) -> None:
+    model = tiny(name, **MIXED[name], use_sliding_window=True)
+    assert can_split(model, num_top_layers)
+    assert model.config.sliding_window == 6
+    assert model.config.layer_types == MIXED[name]["layer_types"]
+    completions = ragged_batch(width=9, length=20)
+    whole, split = Scorer(model, shared=False), Scorer(model, shared=False, num_top_layers=num_top_layers)
+    layout = whole.layout(completions)
+    with torch.no_grad():
+        expected, _ = whole.logprobs(layout)
+        assert torch.equal(split.logprobs(layout, split.features(layout))[0], expected)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_a_split_that_a_window_would_break_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window is wider than any probe; it is narrowed for it."""
+    model = tiny(name, **MIXED.get(name, {}), use_sliding_window=True)
+    assert can_split(model, 1)
+    split = logprobs.split_body
+
+    def without_window(decoder: Any, num_top_layers: int) -> tuple[Any, Any]:
+        trunk, top = split(decoder, num_top_layers)
+        top.config = copy.copy(decoder.config)
+        if name == "mistral":
+            top.config.sliding_window = None
+        else:
+            top.config.layer_types = ["sliding_attention"]  # of the layer that it is not
+        return trunk, top
+
+    monkeypatch.setattr(logprobs, "split_body", without_window)
+    assert not can_split(model, 1)
+
+
 def test_a_head_with_a_soft_cap_is_found_out() -> None:
     model = tiny("llama")
     assert check_head(model)
@@ -260,9 +307,9 @@ def test_a_gradient_that_is_there_is_added_to_in_place() -> None:
 def test_divergence_is_exactly_zero_for_a_copy_and_right_for_another() -> None:
     completions = ragged_batch()
     model, other = tiny("llama"), tiny("llama", initializer_range=0.2)
-    policy, copy, reference = (Scorer(m, shared=True) for m in (model, tiny("llama"), other))
+    policy, twin, reference = (Scorer(m, shared=True) for m in (model, tiny("llama"), other))
     layout = policy.layout(completions)
-    same = divergence(policy, copy, layout)
+    same = divergence(policy, twin, layout)
     assert not same.kl.any()
     assert torch.equal(same.policy_logprobs, same.ref_logprobs)
     compared = divergence(policy, reference, layout, temperature=0.9)
@@ -272,6 +319,16 @@ def test_divergence_is_exactly_zero_for_a_copy_and_right_for_another() -> None:
     expected, entropy = plain_logprobs(model, completions, temperature=0.9)
     torch.testing.assert_close(compared.policy_logprobs, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(compared.entropy, entropy, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("law", [{"top_k": 2}, {"top_p": 0.3}])
+def test_a_token_that_was_drawn_belongs_to_the_law_that_drew_it(law: dict[str, Any]) -> None:
+    """Where sampler and scorer round otherwise, a token at the edge of top-k or top-p may be out on a second look."""
+    policy = Scorer(tiny("llama"), shared=True)
+    compared = divergence(policy, policy, policy.layout(ragged_batch()), **law)  # tokens drawn from no law at all
+    for values in (compared.policy_logprobs, compared.ref_logprobs, compared.kl, compared.entropy):
+        assert values.isfinite().all()
+    assert (compared.policy_logprobs <= 0).all()
 
 
 def peak_above_start(code: str) -> int:

@@ -87,7 +87,7 @@ def test_a_pair_without_an_answer_does_not_count() -> None:
         (lambda n: "yes", "`judge` returned 'yes' for 6 pairs"),
         (lambda n: [0.5, 1.5] + [0.5] * (n - 2), r"`judge` returned 1.5 for pair 1 \('x0' first\)"),
         (lambda n: [math.nan] * n, "`judge` returned nan for pair 0"),
-        (lambda n: 1 / 0, r"`judge` raised ZeroDivisionError \(division by zero\) on 6 pairs"),
+        (lambda n: 1 / 0, r"`judge` raised ZeroDivisionError \(division by zero\) at test_pref\w+.py:\d+ on 6 pairs"),
     ],
 )
 def test_an_answer_that_is_none_is_named(answer: Any, sentence: str) -> None:

@@ -17,9 +17,11 @@ from synthetic import EVIL, make_grid, make_run
 
 from pairtune.errors import PairtuneError
 from pairtune.evidence import report, run_page
+from pairtune.evidence.comparison_frontier import compare_arms, matches_of, stopped, verdict_sentence
 from pairtune.evidence.figures import thin
 from pairtune.evidence.page import json_for_script
 from pairtune.evidence.report import write_report
+from pairtune.evidence.runs import group_arms, read_run, read_runs
 from pairtune.runs.metrics import read_jsonl
 
 pytest.importorskip("jinja2")
@@ -76,8 +78,8 @@ def fill(path: Path) -> Path:
     (path / "environment.json").write_text(json.dumps(environment))
     write(path / "metrics.jsonl", [step(i) for i in range(1, 7)])
     write(path / "evaluations.jsonl", [evaluation(0, 0.2), evaluation(3, 0.3), evaluation(6, 0.5)])
-    samples = [sample(0, row, f"early {row}") for row in range(12)]
-    samples += [sample(3, row, f"middle {row}") for row in range(12)]
+    samples = [sample(0, row, f"early {row}", WILD) for row in range(12)]
+    samples += [sample(3, row, f"middle {row}", WILD) for row in range(12)]
     samples += [sample(6, row, WILD if row == 0 else f"last {row}", WILD, truncated=True) for row in range(11)]
     samples += [sample(6, 0, "from training", split="train")]
     write(path / "samples.jsonl", samples)
@@ -404,6 +406,115 @@ def test_a_comparison_holds_all_that_several_runs_say(comparison: Page) -> None:
     )
 
 
+def headline(runs: list[Path]) -> str:
+    compared = compare_arms(group_arms(read_runs(runs)), {})
+    return verdict_sentence(compared, matches_of(compared))
+
+
+def test_the_headline_counts_settings_at_which_both_methods_were_run(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"num_seeds": 3, "steps": (0, 4)}
+    p3o = make_grid(tmp_path, ("p3o",), (0.02, 0.05, 0.1), **words)
+    raft = make_grid(tmp_path, ("raft",), (0.02, 0.05, 0.1), **words)
+    sentence = "At matched KL, confirmed over prompts and training seeds, p3o joint has more reward than raft (at {})."
+    assert headline([*p3o, *raft]) == sentence.format("3 of 3 settings")
+    # Whichever is named first, in whatever order the settings come.
+    assert headline([*p3o[:3], *raft, *p3o[3:]]) == sentence.format("3 of 3 settings")
+    # Where they have none in common the pairs count, and are called that.
+    assert headline([*p3o[:6], *raft[6:]]) == sentence.format("2 of 2 pairs of settings")
+
+
+def test_intervals_of_single_seeds_are_said_to_be_over_prompts_alone(tmp_path: Path, comparison: Page) -> None:
+    runs = make_grid(tmp_path, ("p3o", "ppo"), (0.02, 0.1), num_seeds=1, steps=(0, 4))
+    page = Page(write_report(runs, tmp_path / "p.html"))
+
+    def all_of(page: Page) -> str:
+        return f"{page.text} {json.dumps(page.figures)}"
+
+    for start in ("Bars are at 95%, over", "Intervals are at 95%, over", "strength with its 95% interval over"):
+        assert f"{start} prompts alone (one seed)" in all_of(page), start
+        assert f"{start} prompts and training seeds together" in all_of(comparison), start
+    for words in ("aint marks", "all seeds of one", "mean over its seeds", "mean over seeds", "one seed at least"):
+        assert words not in all_of(page), words
+        assert words in all_of(comparison), words
+    assert "and seeds" not in all_of(page)
+    assert "and training seeds" not in all_of(page)
+
+
+def test_a_void_clip_is_told_where_no_setting_varies(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", steps=(0, 4)), make_run(tmp_path / "b", "ppo", steps=(0, 4))]
+    words = "Void as an ablation of the clip, for it touched nothing or everything: p3o joint."
+    assert "Void" not in Page(write_report(runs, tmp_path / "p.html")).text
+    lines = [line | {"clip_ratio": 0.0} for line in read_jsonl(runs[0] / "metrics.jsonl")]
+    write(runs[0] / "metrics.jsonl", lines)
+    assert words in Page(write_report(runs, tmp_path / "p.html")).text
+    # Nor does it hang on evaluations that can be compared.
+    write(runs[1] / "samples.jsonl", [])
+    page = Page(write_report(runs, tmp_path / "p.html"))
+    assert "cannot be compared prompt by prompt" in page.text
+    assert words in page.text
+
+
+def test_a_run_that_stopped_half_way_says_so_and_is_compared(tmp_path: Path) -> None:
+    whole = make_run(tmp_path / "a", steps=(0, 4), max_steps=4)
+    half = make_run(tmp_path / "b", "ppo", steps=(0, 3), max_steps=40, max_minutes=1.0)
+    page = Page(write_report([whole, half], tmp_path / "p.html"))
+    assert [series["name"] for series in page.figures["frontier"]["series"]][:2] == ["p3o joint", "ppo"]
+    assert "a 0 done 4" in page.text
+    assert "b 0 stopped at step 3 of 40 3" in page.text
+    assert "Before the end of training: ppo, seed 0, stopped at step 3 of 40." in page.text
+
+
+@pytest.mark.parametrize(
+    ("config", "last", "words"),
+    [
+        ({"max_steps": 9}, {"step": 9}, ""),
+        ({"max_steps": 9}, {"step": 8}, "stopped at step 8 of 9"),
+        ({"max_steps": 9}, None, "stopped at step 0 of 9"),
+        ({"max_steps": 9, "max_generated_tokens": 50}, {"step": 8, "num_generated_tokens": 51}, ""),
+        (
+            {"max_steps": 9, "max_generated_tokens": 50},
+            {"step": 8, "num_generated_tokens": 49},
+            "stopped at step 8 of 9",
+        ),
+        ({"max_steps": None, "num_epochs": 1.0}, {"step": 30, "epoch": 1.0}, ""),
+        ({"max_steps": None, "num_epochs": 0.1}, {"step": 3, "epoch": 0.1}, ""),
+        ({"max_steps": None, "num_epochs": 2.0}, {"step": 30, "epoch": 1.0}, "stopped at step 30 of 60"),
+        ({"model": "of an older version"}, {"step": 8}, ""),
+    ],
+)
+def test_what_a_run_was_to_do_says_whether_it_stopped(
+    tmp_path: Path, config: dict[str, Any], last: dict[str, Any] | None, words: str
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    write(tmp_path / "metrics.jsonl", [] if last is None else [last])
+    assert stopped(read_run(tmp_path)) == words
+
+
+def test_without_a_common_kl_the_fits_say_that(tmp_path: Path, comparison: Page) -> None:
+    runs = [make_run(tmp_path / "a", steps=(0, 4)), make_run(tmp_path / "b", "ppo", steps=(0, 4))]
+    lines = [line | {"kl": line["kl"] + 100} for line in read_jsonl(runs[1] / "samples.jsonl")]
+    write(runs[1] / "samples.jsonl", lines)
+    page = Page(write_report(runs, tmp_path / "p.html"))
+    assert "No range of KLs is passed by all of them, so none has a mean reward along the frontier." in page.text
+    assert "divided by their width" not in page.text
+    assert re.search(r"over KLs of [\d.]+ to [\d.]+ nats, which all of them pass, divided by their", comparison.text)
+
+
+def test_completions_of_other_data_sets_do_not_stand_under_one_prompt(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", steps=(0, 4)), make_run(tmp_path / "b", "ppo", steps=(0, 4), dataset="other")]
+    lines = read_jsonl(runs[1] / "samples.jsonl")
+    write(runs[1] / "samples.jsonl", [line | ({"prompt": "Other"} if line["row"] >= 7 else {}) for line in lines])
+    completions = Page(write_report(runs, tmp_path / "p.html")).data["completions"]
+    assert completions["prompts"] == [EVIL if row == 1 else f"Tell me of thing {row}." for row in range(7)]
+    assert [policy["name"] for policy in completions["policies"]] == ["p3o joint", "ppo"]
+    # Of three the one that shares nothing stays away.
+    block = run_page.completions_of(
+        {name: [sample(4, 0, "x", prompt)] for name, prompt in (("a", "A"), ("b", "B"), ("c", "A"))}, 9
+    )
+    assert block is not None
+    assert (block.prompts, [policy.name for policy in block.policies]) == (["A"], ["a", "c"])
+
+
 def test_runs_that_never_left_the_start_have_nothing_at_matched_kl(tmp_path: Path) -> None:
     runs = make_grid(tmp_path, ("p3o", "ppo"), num_seeds=2, steps=(0, 3))
     for run in runs:
@@ -467,7 +578,7 @@ def test_a_comparison_folder_adds_what_only_its_record_knows(tmp_path: Path) -> 
         {"name": name, "strength": interval(strength)} for name, strength in zip(names[::-1], (1, 0, -1), strict=True)
     ]
     tried = {"method": "PPO", "settings": {"learning_rate": 0.001}, "reward": 0.5, "kl": 1.0, "value": 0.4}
-    record = {
+    record: dict[str, Any] = {
         "version": 1,
         "notes": [f"a remainder {WILD}"],
         "exact_frontier": [{"kl": kl, "reward": kl**0.5} for kl in (0.0, 1.0, 2.0, 99.0)],
@@ -475,6 +586,7 @@ def test_a_comparison_folder_adds_what_only_its_record_knows(tmp_path: Path) -> 
         "held_out": {"reward_funcs": ["my.held_out"], "names": names, "rates": rates, "ranking": ranking},
         "sweep": {"rule": "reward", "split": "test[:24]", "seed": 7, "runs": [tried | {"chosen": True, "error": None}]},
     }
+    record["sweep"] |= {"at_edge": ["PPO"]}
     (tmp_path / "c" / "comparison.json").write_text(json.dumps(record))
     page = Page(write_report(tmp_path / "c"))
     exact = next(one for one in page.figures["frontier"]["series"] if one["name"].startswith("exact frontier"))
@@ -495,6 +607,7 @@ def test_a_comparison_folder_adds_what_only_its_record_knows(tmp_path: Path) -> 
             "learning_rate 0.001",
             "Chosen by the largest reward on the split test[:24], seed 7.",
         ),
+        *("chosen, at the edge", "At the edge: what lies beyond the values that were tried?"),
     ):
         assert words in page.text, words
     assert "regret" not in page.text  # no policy has one

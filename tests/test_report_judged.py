@@ -127,6 +127,26 @@ def test_one_run_that_was_judged() -> None:
     assert "held-out" in page.text
 
 
+def test_a_judge_that_wrote_into_the_folder_that_it_judged() -> None:
+    """The folder is still the run, or the comparison, whose page it has."""
+    run, other = str(make_run(Path("p3o"), steps=(0, 4))), str(make_run(Path("other"), seed=1, steps=(0, 4)))
+    before = Page(write_report(run)).figures.keys()
+    judged(run, other, output=run)
+    assert Page(write_report(run)).figures.keys() == {*before, "win_matrix-judge1"}
+    grid = comparison("p3o", "ppo")
+    before = Page(write_report(grid)).figures.keys()
+    judged(grid, output=grid)
+    assert Page(write_report(grid)).figures.keys() == {*before, "win_matrix-judge1"}
+
+
+def test_the_seeds_of_what_was_judged_are_what_its_intervals_are_over() -> None:
+    judged(comparison("p3o", "ppo", "rloo"), output="many")
+    judged(*(completions(f"{name}.jsonl", ["x" * n] * 3) for n, name in enumerate("abc", 1)), output="one")
+    for folder, over in (("many", "prompts and training seeds together"), ("one", "prompts alone (one seed)")):
+        page = Page(write_report(folder))
+        assert f"interval over {over}: one policy" in json.dumps(page.figures) + page.text
+
+
 def test_a_model_that_would_have_said_something_else() -> None:
     judged(completions("a.jsonl", ["xx"] * 3), completions("b.jsonl", ["y"] * 3), output="out")
     content = json.loads(Path("out", JUDGED).read_text())

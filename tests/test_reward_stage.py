@@ -24,11 +24,11 @@ from pairtune.feedback.comparisons import Comparisons, encode_comparisons, evalu
 from pairtune.feedback.reward_model import SHIFT, RewardModel
 from pairtune.models.loading import load_tokenizer
 from pairtune.models.logprobs import make_layout
-from pairtune.models.reward_backbone import PAD_TOKEN, RewardBackbone, choose_pad_token, load_reward_backbone
+from pairtune.models.reward_backbone import ADAPTER, PAD_TOKEN, RewardBackbone, choose_pad_token, load_reward_backbone
 from pairtune.models.values import ValueNetwork
 from pairtune.runs import checkpoint
 from pairtune.runs.metrics import read_jsonl, without_times
-from pairtune.stages.reward import RewardTask, reward
+from pairtune.stages.reward import RewardTask, _report_json, reward
 from pairtune.stages.rl import TrainResult
 from pairtune.types import Completions
 
@@ -225,6 +225,51 @@ def test_plain_text_gets_one_bos(tiny_tokenizer: Any, tmp_path: Path) -> None:
     batch = RawPrompts.from_rows(rows).encode(tiny_tokenizer, chat="never").batch([0])
     sampled = data.data.batch([0]).completions
     assert judge.score(batch, sampled, [["b", "cc"]]) == pytest.approx(expected, abs=1e-4)
+
+
+def rounded_backbone(tokenizer: Any, dtype: torch.dtype = torch.bfloat16, **ways: Any) -> RewardBackbone:
+    return load_reward_backbone(build_tiny_model("llama").to(dtype), tokenizer=tokenizer, device="cpu", **ways)
+
+
+def test_a_reward_model_in_bfloat16_has_the_last_product_in_float32(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "abc: ", "chosen": "yes", "rejected": "no, and more"}]
+    data = comparisons(tiny_tokenizer, rows)
+    backbone = rounded_backbone(tiny_tokenizer)
+    backbone.save(tmp_path)
+    judge = RewardModel.from_pretrained(str(tmp_path), chat="never", dtype="auto", policy_tokenizer=tiny_tokenizer)
+    ids = tiny_tokenizer("abc: yes", return_tensors="pt")["input_ids"]
+    ids = torch.cat([ids, torch.tensor([[EOS_ID]])], 1)
+    with torch.no_grad():
+        state = judge.model.base_model(input_ids=ids).last_hidden_state[0, -1]
+    assert state.dtype == torch.bfloat16
+    expected = (state.float() @ judge.model.score.weight[0].float()).item()
+    assert expected != torch.tensor(expected).bfloat16().item()
+    batch = RawPrompts.from_rows(rows).encode(tiny_tokenizer, chat="never").batch([0])
+    judge.batch_size = 1  # no padding, which would round otherwise
+    scores = judge.score(batch, data.data.batch([0]).completions, [["yes", "no, and more"]])
+    assert scores[0] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_adapter_is_not_rounded_away_in_what_is_saved(
+    tiny_tokenizer: Any, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    backbone = rounded_backbone(tiny_tokenizer, dtype, **WAYS["lora"])
+    with torch.no_grad():
+        for name, parameter in backbone.model.named_parameters():
+            if "lora_B" in name:  # small against the steps of bfloat16 at the size of a weight
+                parameter.copy_(1e-4 * torch.randn_like(parameter))
+    before = {name: value.clone() for name, value in backbone.model.state_dict().items()}
+    backbone.save(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.model.state_dict().items())
+    judge = RewardModel.from_pretrained(str(tmp_path), chat="never", dtype="auto")
+    assert judge.model.dtype == torch.float32
+    layer = "model.layers.1.mlp.up_proj"
+    adapter = backbone.model.get_submodule(layer)
+    base, delta = adapter.base_layer.weight.float(), adapter.get_delta_weight(ADAPTER).float()
+    learned = judge.model.get_submodule(layer).weight - base
+    assert delta.abs().max() > 0
+    torch.testing.assert_close(learned, delta, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-untied", "qwen2", "qwen3", "gpt2", "mistral"])
@@ -620,6 +665,16 @@ def test_one_row_and_no_held_out_rows(run: Run) -> None:
     assert json.loads((result.output_dir / "reward_report.json").read_text())["evaluation"]["num_pairs"] == 1
     result = run(held_out=None, max_steps=1, overwrite=True)
     assert not (result.output_dir / "reward_report.json").exists()
+
+
+def test_what_is_no_number_is_null_in_the_report(tiny_tokenizer: Any) -> None:
+    data = comparisons(tiny_tokenizer, HELD_OUT[:1])
+    task = RewardTask(backbone_of(tiny_tokenizer), data, data)
+    with torch.no_grad():
+        task.evaluate(lambda rows: None)
+    task.reward_std = math.nan
+    text = _report_json(task, data, data, 1)
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))["reward_std"] is None
 
 
 # ------------------------------------------------------------------------------------------------------------- the data

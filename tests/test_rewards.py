@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import math
 import sys
@@ -270,7 +271,10 @@ def test_an_exception_names_the_function_and_the_completions(function: Any) -> N
     with pytest.raises(PairtuneError) as caught:
         score(function, groups=[[long, "c"], ["d", "e"]])
     message = str(caught.value)
-    assert message.startswith(f"reward function `{function.__name__}` raised KeyError ('answer') on 4 completions")
+    line = inspect.getsourcelines(function)[1] + (1 if function is broken else 2)
+    assert message.startswith(
+        f"reward function `{function.__name__}` raised KeyError ('answer') at test_rewards.py:{line} on 4 completions"
+    )
     assert "'b b b" in message
     assert len(message) < 200
     assert isinstance(caught.value.__cause__, KeyError)
@@ -763,9 +767,10 @@ def test_a_hub_id_is_a_reward_model() -> None:
         ("h3_module.py", "say which function of the file, as in h3_module.py:my_reward"),
         ("h3_broken.f", "importing h3_broken failed: No module named 'no_such_package'"),
         ("h3_syntax.f", "importing h3_syntax failed: invalid syntax"),
-        ("h3_broken.py:f", "running 'h3_broken.py' failed: ModuleNotFoundError"),
+        ("h3_broken.py:f", "running 'h3_broken.py' failed at h3_broken.py:1: ModuleNotFoundError"),
         ("h3_missing.f", "there is no reward 'h3_missing.f': no module 'h3_missing' is installed or lies in"),
         ("h3_missing.py:f", "there is no file 'h3_missing.py'"),
+        ("h3_brokn.py:f", "did you mean 'h3_broken.py'?"),
         ("my_reward", "there is no reward 'my_reward': it is no folder of a model, no `package.module.function`"),
         ("./missing", "there is no reward './missing'"),
         ("a/b/c", "there is no reward 'a/b/c'"),

@@ -645,6 +645,23 @@ def test_more_processes_than_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         distributed.init_from_env()
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_processes_wait_for_hours_and_nccl_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch, on_gpu: bool) -> None:
+    environment = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked: list[Any] = []
+    cuda = {"is_available": lambda: on_gpu, "device_count": lambda: 2, "set_device": asked.append}
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(**cuda))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, **words: asked.append((backend, words)))
+    device = distributed.init_from_env()
+    *chosen, (backend, words) = asked
+    assert (device, chosen) == ((torch.device("cuda:1"), [1]) if on_gpu else (torch.device("cpu"), []))
+    assert backend == ("nccl" if on_gpu else "gloo")
+    assert words["device_id"] == (torch.device("cuda:1") if on_gpu else None)
+    assert words["timeout"].total_seconds() >= 4 * 3600  # an endpoint may ask for 600 seconds many times over
+
+
 def test_two_real_processes_sum_and_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -662,7 +679,10 @@ def test_two_real_processes_sum_and_gather(tmp_path: Path, monkeypatch: pytest.M
         distributed.barrier()
         gathered = distributed.gather_objects({"rank": rank, "text": "é" * (1 + 5 * rank)})
         sums = [gradient.unique().tolist() for gradient in gradients]
-        said = [distributed.world_size(), distributed.is_main(), total.tolist(), sums, gathered]
+        own = [torch.tensor([1.5 + rank], dtype=torch.bfloat16), torch.full((3, 2), 1.0 + rank).t()]
+        distributed.copy_from_main(own)
+        copied = [tensor.unique().tolist() for tensor in own]
+        said = [distributed.world_size(), distributed.is_main(), total.tolist(), sums, gathered, copied]
         (tmp_path / str(rank)).write_text(json.dumps(said))
         distributed.shutdown()
 
@@ -675,4 +695,4 @@ def test_two_real_processes_sum_and_gather(tmp_path: Path, monkeypatch: pytest.M
     gathered = [{"rank": 0, "text": "é"}, {"rank": 1, "text": "éééééé"}]
     for rank in range(2):
         said = json.loads((tmp_path / str(rank)).read_text())
-        assert said == [2, rank == 0, [3.0], [[3.0], [30.0], [5.0]], gathered]
+        assert said == [2, rank == 0, [3.0], [[3.0], [30.0], [5.0]], gathered, [[1.5], [1.0]]]

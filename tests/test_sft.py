@@ -772,3 +772,39 @@ def test_the_command_line_from_end_to_end(
     going_on = ["--reward_funcs", f"{reward}:length", "--max_steps", "1", "--batch_size", "2"]
     assert main(["train", *words, *going_on, "--max_completion_length", "4"]) == 0
     assert lines(tmp_path / "aligned")[0]["kl"] == 0
+
+
+def test_a_full_gpu_is_a_sentence_and_what_was_done_is_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an update, and in the evaluation after the last one."""
+
+    def fails_once(place: Any, name: str, at: int) -> None:
+        real, calls = getattr(place, name), Counter[str]()
+
+        def full(*args: Any, **words: Any) -> Any:
+            calls[name] += 1
+            if calls[name] == at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+            return real(*args, **words)
+
+        monkeypatch.setattr(place, name, full)
+
+    words = {"max_steps": 4, "micro_batch_size": 4}
+    whole = run(**words, output_dir=str(tmp_path / "whole"))
+    for place, at, label, step in (
+        (SFTTask.loss, 3, "updating", 2),
+        (SFTTask.evaluate, 1, "evaluating on held-out", 4),
+    ):
+        fails_once(SFTTask, place.__name__, at)
+        match = (
+            f"out of memory while {label}.* \\(for 2.50 GiB more\\); lower micro_batch_size, .*; step-{step} is kept"
+        )
+        with pytest.raises(PairtuneError, match=match):
+            run(**words, resume=step == 4)
+        assert newest(tmp_path / "run").name == f"step-{step}"
+    again = run(**words, resume=True)
+    assert lines(again) == lines(whole)
+    assert lines(again, "evaluations") == lines(whole, "evaluations")
+    for key, tensor in checkpoint.load(newest(whole))[0].items():
+        assert torch.equal(checkpoint.load(newest(again))[0][key], tensor)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from pairtune.config import RewardConfig, SFTConfig
+from pairtune.models.reward_backbone import RewardBackbone
 from pairtune.runs import folder
 from pairtune.runs.display import Display
 from pairtune.runs.metrics import read_jsonl, without_times
@@ -103,7 +104,14 @@ def test_the_measured_precision_is_kept(tmp_path: Path) -> None:
 
 
 def work(
-    rank: int, world_size: int, port: int, tokenizer: str, words: dict[str, Any], kill_at: int = -1, stage: str = "sft"
+    rank: int,
+    world_size: int,
+    port: int,
+    tokenizer: str,
+    words: dict[str, Any],
+    kill_at: int = -1,
+    stage: str = "sft",
+    apart: bool = False,
 ) -> None:
     """One process of a run; leaves its weights beside the run folder."""
     if world_size > 1:
@@ -116,6 +124,9 @@ def work(
         calls["loss"] += 1
         return loss(task, rows)
 
+    fitted = RewardBackbone.set_head
+    if apart:  # what each fits for itself differs in the last bits; here in the first
+        RewardBackbone.set_head = lambda self, weight: fitted(self, weight + rank)  # type: ignore[method-assign]
     SFTTask.loss = counted  # type: ignore[method-assign]  # this process ends with the run
     settings = {
         "model": "m",
@@ -155,12 +166,14 @@ def forked() -> Iterator[Forked]:
 def together(forked: Forked, tmp_path: Path, _tokenizer_folder: str) -> Any:
     """together(num_processes, name, **words of the configuration): a run of so many processes."""
 
-    def start(num_processes: int, name: str, kill_at: int = -1, stage: str = "sft", **words: Any) -> Path:
+    def start(
+        num_processes: int, name: str, kill_at: int = -1, stage: str = "sft", apart: bool = False, **words: Any
+    ) -> Path:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = {"world_size": num_processes, "port": port, "tokenizer": _tokenizer_folder, "kill_at": kill_at}
-        shared |= {"stage": stage, "words": {"output_dir": str(tmp_path / name), **words}}
+        shared |= {"stage": stage, "apart": apart, "words": {"output_dir": str(tmp_path / name), **words}}
         logs = [str(tmp_path / f"{name}-{rank}.log") for rank in range(num_processes)]
         calls = [Call("test_supervised:work", {"rank": rank, **shared}, log) for rank, log in enumerate(logs)]
         forked.run(*calls)
@@ -221,6 +234,14 @@ def test_two_processes_learn_the_rewards_that_one_learns(together: Any, stage: s
     assert lines(two, "metrics") == [close(line) for line in lines(one, "metrics")]
     likelihoods = [[line["log_likelihood"]["mean"] for line in lines(run, "evaluations")] for run in (one, two)]
     assert likelihoods[0] == pytest.approx(likelihoods[1], rel=1e-9)
+
+
+def test_both_processes_start_from_the_same_head(together: Any) -> None:
+    """Each fits one for itself."""
+    words = {"reward": {"fit_head": True}, "max_steps": 1}
+    two = together(2, "two", stage="pairs", apart=True, **words)
+    for name, tensor in weights(two).items():
+        assert torch.equal(weights(two, rank=1)[name], tensor)
 
 
 def test_more_processes_than_rows(together: Any) -> None:

@@ -643,7 +643,10 @@ def test_more_prompts_a_batch_than_there_are(run: Run, tmp_path: Path) -> None:
 REWARDS: dict[str, tuple[Callable[..., Any], str]] = {
     "nan": (lambda completions: [0.0] * (len(completions) - 1) + [float("nan")], "returned nan for completion 7"),
     "infinite": (lambda completions: [float("inf")] * len(completions), "returned inf for completion 0"),
-    "raises": (lambda completions: {}["missing"], r"raised KeyError \('missing'\) on 8 completions, the first being"),
+    "raises": (
+        lambda completions: {}["missing"],
+        r"raised KeyError \('missing'\) at test_train.py:\d+ on 8 ",
+    ),
     "too few": (lambda completions: [0.0], "returned 1 values for 8 completions"),
     "text": (lambda completions: ["0.5"] * len(completions), "returned '0.5' for completion 0"),
 }
@@ -875,3 +878,86 @@ def test_a_model_in_memory(run: Run, tiny_llama: Any, tiny_tokenizer: Any) -> No
     result = run(model=tiny_llama, tokenizer=tiny_tokenizer)
     assert result.model is tiny_llama
     assert lines(result)[0]["kl"] == 0
+
+
+# --------------------------------------------------------------------------------------------------- a GPU without room
+
+
+def full() -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 9 GiB")
+
+
+def fails_once(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, at: int) -> None:
+    """The GPU is full at one call of a function, counted from 0."""
+    real, calls = getattr(place, name), itertools.count()
+    monkeypatch.setattr(place, name, lambda *args, **words: full() if next(calls) == at else real(*args, **words))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "at", "phase", "mend"),
+    [
+        (HFSampler, "generate", 1 + 2, "sampling", "lower batch_size, num_generations or max_completion_length"),
+        # after a reward of the step: what a running scale has learned from it must not be saved
+        (loading.LoadedPolicy, "score", 2 * 2, "updating, pass 1 of 2", "lower micro_batch_size, set gradient_ch"),
+    ],
+)
+def test_a_full_gpu_is_a_sentence_and_what_was_done_is_kept(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, at: int, phase: str, mend: str
+) -> None:
+    words = {"max_steps": 3, "scale_rewards": "running"}
+    whole = run(**words, output_dir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        fails_once(patch, place, name, at)
+        sentence = (
+            rf"^the GPU ran out of memory while {phase} \(for 2.50 GiB more\); {mend}.*; step-2 is kept, and --res"
+        )
+        with pytest.raises(PairtuneError, match=sentence):
+            run(**words)
+    assert len(lines(tmp_path / "run")) == 2
+    again = run(**words, resume=True)
+    for key, tensor in masters(whole).items():
+        assert torch.equal(masters(again)[key], tensor)
+    for log in ("metrics", "evaluations", "samples"):
+        assert lines(again, log) == lines(whole, log)
+
+
+def test_an_update_that_fails_halfway_is_not_saved(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the third step the first of two updates was made: the weights are no step's."""
+    fails_once(monkeypatch, loading.LoadedPolicy, "score", 2 * 2 + 1)
+    with pytest.raises(PairtuneError, match=r"while updating, pass 2 of 2 .*; no checkpoint is there yet"):
+        run(max_steps=3)
+    assert len(lines(tmp_path / "run")) == 2
+
+
+def test_a_gpu_that_is_full_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails_once(monkeypatch, HFSampler, "generate", 1)
+    with pytest.raises(PairtuneError, match=r"while sampling .*; no checkpoint is there yet, so start the run again"):
+        run()
+
+
+def test_a_reward_that_fills_the_gpu_is_no_fault_of_the_function(run: Run) -> None:
+    def of_a_model(completions: list[str], trainer_state: Any, **_: Any) -> list[float]:
+        return full() if trainer_state.global_step else [float(len(text)) for text in completions]
+
+    with pytest.raises(
+        PairtuneError, match=r"out of memory while scoring .*; lower reward_batch_size.* step-1 is kept"
+    ):
+        run(reward=of_a_model)
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_an_evaluation_without_room_is_made_when_the_run_goes_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """In the middle, and after the last step: what was learned until then is kept."""
+    words = {"max_steps": 4, "eval_steps": 2}
+    whole = run(**words, output_dir=str(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        fails_once(patch, rl, "evaluate_policy", at // 2)
+        with pytest.raises(PairtuneError, match=f"while evaluating on held-out prompts .*; step-{at} is kept"):
+            run(**words)
+    again = run(**words, resume=True)
+    for log in ("metrics", "evaluations", "samples"):
+        assert lines(again, log) == lines(whole, log)
+    for key, tensor in masters(whole).items():
+        assert torch.equal(masters(again)[key], tensor)

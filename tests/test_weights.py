@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,29 @@ def conversions(monkeypatch):
 def test_hub_ids_and_paths_pass_unchanged(name, tmp_path):
     assert resolve_model(name, cache_dir=tmp_path) == name
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unreachable_hub_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def unreachable(self: Any, name: str, timeout: float) -> None:
+        asked.append(name)
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    for _ in range(2):
+        with pytest.raises(PairtuneError, match=r"no folder 'nobody/nothing' here, and the hub.*cannot be reached"):
+            resolve_model("nobody/nothing")
+    for path in ("runs/train/checkpoints/step-3", "/no/such/dir", "./nobody/nothing"):
+        assert resolve_model(path) == path
+    assert asked == ["nobody/nothing", "nobody/nothing"]
+
+    def refused(self: Any, name: str, timeout: float) -> None:
+        raise OSError("404 Client Error: no such repository")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refused)
+    assert resolve_model("nobody/else") == "nobody/else"  # whoever loads it says what the hub says
 
 
 def test_a_folder_without_slash_passes_unchanged(tmp_path, monkeypatch):

@@ -318,9 +318,9 @@ def _online_loss(
         epsilon=config.epsilon if clip else None,
     )
     i, j = pair_indices(policy.shape[-1], policy.device)
-    preferred = ((policy - ref)[..., i] > (policy - ref)[..., j]) == (labels > 0.5)
+    agrees = (((policy - ref)[..., i] > (policy - ref)[..., j]) == (labels > 0.5)).to(labels.dtype)
     metrics = {
-        "preference_accuracy": masked_mean(preferred.float(), label_mask, -1),
+        "preference_accuracy": masked_mean(agrees.where(labels != 0.5, 0.5), label_mask, -1),
         "logratio_abs": _mean_drift(policy, old, experience.reward_mask),
     }
     if clip:

@@ -11,9 +11,11 @@ from pairtune.experience import decode, sampling_params
 from pairtune.models.loading import choose_device, choose_dtype, eos_ids, load_causal_lm, load_tokenizer
 from pairtune.models.sampler import HFSampler
 from pairtune.runs.display import clean
+from pairtune.runs.memory import out_of_memory
 from pairtune.types import Prompt
 
 
+@out_of_memory("sampling", "lower num_generations or max_completion_length, or choose device: cpu")
 def sample(config: SampleConfig) -> None:
     """Answer one prompt, or, without one, hold a conversation until end of input."""
     device = choose_device(config.device)

@@ -125,6 +125,9 @@ def _run(argv: list[str]) -> None:
         raise PairtuneError(_unknown_argument(unknown[0], name))
     verb, values = VERBS[flags.verb], {key: value for key, value in vars(flags).items() if key != "verb"}
     if verb.config is None:
+        for run in values["runs"]:
+            if not Path(run).is_dir():  # before seconds are spent on imports
+                raise PairtuneError(f"there is no run folder {run}; name the output_dir of a run or of a comparison.")
         print(_handover(verb)(list(map(Path, values["runs"])), output=values["output"], figures=values["figures"]))
     elif (config := _read_config(verb, values)) is not None:
         function = _handover(verb)

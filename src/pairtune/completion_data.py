@@ -24,6 +24,7 @@ from pairtune.data import (
     RawPrompts,
     Row,
     as_turns,
+    check_characters,
     check_turns,
     checked_prompt,
     columns_of,
@@ -614,16 +615,9 @@ def _raw(groups: list[_Group], columns: list[str], name: str) -> RawPrompts:
 
 
 def _check_characters(groups: Sequence[_Group], name: str) -> None:
-    """Raises PairtuneError for half of a surrogate pair, which JSON can hold (`"\\ud83d"`) and no tokenizer reads."""
+    """Raises PairtuneError for half of a character, in completions too: before anything is cut or rendered."""
     for group in groups:
-        try:
-            json.dumps([group.prompt, group.completions], ensure_ascii=False, default=repr).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise PairtuneError(
-                f"row {group.number} of {name}: its text holds {half!r}, which is half of a character; correct it, or "
-                "leave the row out."
-            ) from None
+        check_characters([group.prompt, group.completions], f"row {group.number} of {name}")
 
 
 def _told(left_out: Counter[tuple[str, str]]) -> list[str]:

@@ -176,12 +176,10 @@ class ComputeWords(Words):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision of every pass; auto: bfloat16 where the hardware is fast at it, else float32."""
-    device: Annotated[
-        str, Field(pattern=r"^(auto|cpu|mps|(cuda|xpu)(:\d+)?)$"), Allowed("auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
-    ] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Allowed("auto, cpu, cuda or cuda:N")] = "auto"
     """Where to compute; auto: CUDA if there is a GPU, else the CPU."""
     num_threads: PositiveInt | None = None
-    """CPU threads; null: torch's own choice. A resumed run is bit-equal only at the same number."""
+    """CPU threads; null: torch's own choice. A resumed run is bit-equal only at the same number, and on a CPU."""
     attn_implementation: str = "sdpa"
     """Attention kernel of transformers: sdpa, eager, flash_attention_2, ..."""
     trust_remote_code: bool = False

@@ -9,6 +9,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -118,7 +119,7 @@ def load_dataset_rows(dataset: Any, *, split: str, config: str | None = None, on
         start, stop = (int(end) if end else None for end in cut.groups()[1:])
         whole = load_dataset_rows(dataset, split=cut[1], config=config, only_split=re.sub(r"\[.*\]$", "", only_split))
         if not whole[start:stop]:
-            raise PairtuneError(f"{name} has no rows in split {split!r}: {cut[1]} has {len(whole)}.")
+            raise PairtuneError(f"{name} has no rows in split {split!r}: {cut[1]} has {len(whole)}; cut it elsewhere.")
         return whole[start:stop]
     if isinstance(dataset, str | Path) and not _is_file(dataset):
         rows = _load_with_datasets(str(dataset), config, split, only_split)
@@ -136,7 +137,7 @@ def load_dataset_rows(dataset: Any, *, split: str, config: str | None = None, on
     else:
         rows = _select_split(_python_rows(dataset, name), split, only_split, name)
     if not rows:
-        raise PairtuneError(f"{name} has no rows in split {split!r}.")
+        raise PairtuneError(f"{name} has no rows in split {split!r}; give a file with rows, or another split.")
     return rows
 
 
@@ -197,7 +198,7 @@ def _read_file(path: Path) -> list[Row]:
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = content.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # gzip.BadGzipFile is an OSError
         raise PairtuneError(f"cannot read {path}: {error}.") from error
     return _parse_json_array(text, path) if path.suffix == ".json" else _parse_json_lines(text, path)
 
@@ -285,6 +286,17 @@ def shortened(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def check_characters(texts: Any, place: str) -> None:
+    """Raises PairtuneError for half of a surrogate pair, which JSON can hold (`"\\ud83d"`) and no tokenizer reads."""
+    try:
+        (texts if isinstance(texts, str) else json.dumps(texts, ensure_ascii=False, default=repr)).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise PairtuneError(
+            f"{place}: its text holds {half!r}, which is half of a character; correct it, or leave the row out."
+        ) from None
+
+
 # From rows to prompts.
 
 
@@ -351,8 +363,10 @@ class RawPrompts:
         Prompts of more than `max_prompt_length` tokens are left out (never cut: half a question is another question).
 
         Raises PairtuneError if there is no template where one is needed, if the template refuses a prompt, if a system
-        prompt has nowhere to go, or if no prompt is short enough.
+        prompt has nowhere to go, if a prompt holds half of a character, or if no prompt is short enough.
         """
+        for row, prompt in enumerate(self.prompts):
+            check_characters(prompt, self.place(row))
         prompt_format = self.format(
             tokenizer, chat=chat, system_prompt=system_prompt, chat_template_kwargs=chat_template_kwargs
         )

@@ -47,7 +47,8 @@ from pairtune.models.logprobs import Scorer, can_share_prefix, causal_lm, diverg
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler, Sampler
 from pairtune.models.weights import resolve_model
 from pairtune.runs.display import evaluation_summary, make_console, progress
-from pairtune.runs.folder import write_atomic
+from pairtune.runs.folder import without_nan, write_atomic
+from pairtune.runs.memory import out_of_memory
 from pairtune.types import Completions
 
 EVALUATION_BATCH = 128
@@ -151,6 +152,7 @@ def num_evaluated(dataset: PromptDataset, config: Any) -> int:
     return min(len(dataset), config.num_eval_prompts or len(dataset))
 
 
+@out_of_memory("evaluating", "lower batch_size, reward_batch_size, best_of_n or max_completion_length")
 def evaluate(
     config: EvaluateConfig, *, reward_funcs: Sequence[Callable[..., Any] | str] | None = None, dataset: Any = None
 ) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def evaluate(
     make_console().print(evaluation_summary(line))
     if config.output is not None:
         content = {"config": config.model_dump(), "evaluation": line, "samples": samples}
-        write_atomic(Path(config.output), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _write(Path(config.output), content)
     return line
 
 
@@ -225,8 +227,14 @@ def evaluate_reward_model(config: EvaluateConfig, dataset: Any = None) -> dict[s
     line = evaluation_line(report)
     if config.output is not None:
         content = {"config": config.model_dump(), "evaluation": report_dict(report)}
-        write_atomic(Path(config.output), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _write(Path(config.output), content)
     return line
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """As JSON that any reader takes: an interval over one prompt has NaN ends, which JSON cannot say."""
+    text = json.dumps(without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(path, text + "\n")
 
 
 def load_pair(config: EvaluateConfig, tokenizer: Any) -> LoadedPolicy:

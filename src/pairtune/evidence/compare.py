@@ -36,7 +36,7 @@ from pairtune.evidence.grid import Cell, Grid, grid_of
 from pairtune.evidence.runs import CELL, CELLS, COMPARISON, EXACT, SWEEP, read_json, read_run, shown
 from pairtune.runs import folder
 from pairtune.runs.display import clean, duration, shows_live
-from pairtune.runs.folder import write_atomic
+from pairtune.runs.folder import without_nan, write_atomic
 from pairtune.runs.metrics import read_jsonl
 
 LOG = "log.txt"
@@ -297,7 +297,7 @@ def _exact_reward(task: Any, model: Any, config: TrainConfig) -> Any:
             }
             # A run that goes on from an earlier checkpoint comes by here again, and finds the same.
             kept = [line for line in earlier if line["step"] < step]
-            write_atomic(path, "".join(json.dumps(each) + "\n" for each in [*kept, line]))
+            write_atomic(path, "".join(json.dumps(without_nan(each), allow_nan=False) + "\n" for each in [*kept, line]))
         return task.reward_func(prompts, completion_ids)
 
     return table
@@ -373,7 +373,9 @@ class _Shown:
         evaluations = read_jsonl(Path(cell.config.output_dir) / folder.EVALUATIONS)
         if not evaluations:
             return "done"
-        return "reward {:.3f}, KL {:.2f}".format(*(evaluations[-1][name]["mean"] for name in ("reward", "kl")))
+        # Null where no reward function answered: the cell is done all the same.
+        reward, kl = (evaluations[-1][name]["mean"] for name in ("reward", "kl"))
+        return f"reward {'–' if reward is None else f'{reward:.3f}'}, KL {'–' if kl is None else f'{kl:.2f}'}"
 
     def _say(self, text: str) -> None:
         self._console.print(Text(clean(text)), soft_wrap=True)
@@ -555,8 +557,9 @@ def sweep_of(config: CompareConfig, grid: Grid) -> dict[str, Any] | None:
     """The runs of the sweep with what the rule makes of each, and what it chooses for each method; None without one.
 
     `rule`, `split`, `seed`; `runs`: `name`, `method`, `settings`, `status`, `error`, `reward`, `kl`, `value` (what the
-    rule goes by; null where the run failed) and `chosen`; `chosen`: method -> settings, or null where none finished;
-    `at_edge`: the methods that chose the smallest or the largest value of several, so that a better may lie beyond.
+    rule goes by; null where the run failed or measured none) and `chosen`; `chosen`: method -> settings, or null where
+    none finished; `at_edge`: the methods that chose the smallest or the largest value of several, so that a better may
+    lie beyond.
     """
     if not grid.sweep:
         return None
@@ -567,9 +570,10 @@ def sweep_of(config: CompareConfig, grid: Grid) -> dict[str, Any] | None:
         line: dict[str, Any] = {"name": cell.name, "method": cell.method, "settings": cell.settings}
         line |= {"status": record["status"], "error": record["error"], "reward": None, "kl": None, "value": None}
         if record["status"] == "done":
-            reward, kl = _end_of(path)
-            penalty = cell.config.beta * kl if config.sweep.rule == "objective" else 0.0
-            line |= {"reward": reward, "kl": kl, "value": reward - penalty}
+            reward, kl = without_nan(_end_of(path))  # JSON has null for a mean that is none
+            line |= {"reward": reward, "kl": kl}
+            if reward is not None and (kl is not None or config.sweep.rule != "objective"):
+                line["value"] = reward - (cell.config.beta * kl if config.sweep.rule == "objective" else 0.0)
         runs.append({**line, "chosen": False})
     chosen: dict[str, Any] = {}
     for method in dict.fromkeys(cell.method for cell in grid.sweep):
@@ -585,15 +589,18 @@ def sweep_of(config: CompareConfig, grid: Grid) -> dict[str, Any] | None:
 
 
 def _is_at_edge(method: str, settings: dict[str, Any], grid: Grid) -> bool:
+    """Only numbers have an edge: null, lists, words and booleans lie in no order."""
     for key, value in settings.items():
-        tried = {cell.settings[key] for cell in grid.sweep if cell.method == method}
-        if len(tried) > 1 and isinstance(value, int | float) and value in (min(tried), max(tried)):
+        tried = [cell.settings[key] for cell in grid.sweep if cell.method == method]
+        if any(isinstance(each, bool) or not isinstance(each, int | float) for each in tried):
+            continue
+        if min(tried) < max(tried) and value in (min(tried), max(tried)):
             return True
     return False
 
 
-def _end_of(path: Path) -> tuple[float, float]:
-    """Reward and KL at the last evaluation; the true ones where they are known."""
+def _end_of(path: Path) -> tuple[float | None, float | None]:
+    """Reward and KL at the last evaluation; the true ones where they are known. None for what was not measured."""
     run = read_run(path)
     if run.exact:
         return run.exact[-1]["reward"], run.exact[-1]["kl"]
@@ -607,9 +614,15 @@ def _sweep_lines(swept: dict[str, Any] | None) -> list[str]:
     return [
         f"{method}: " + (", ".join(f"{key} {shown(value)}" for key, value in settings.items()) + " by the sweep")
         if settings
-        else f"{method}: no run of the sweep finished"
+        else f"{method}: no run of the sweep {_lacking(swept, method)}"
         for method, settings in swept["chosen"].items()
     ]
+
+
+def _lacking(swept: dict[str, Any], method: str) -> str:
+    """What no run of a method's sweep did, where nothing was chosen for it."""
+    done = any(line["status"] == "done" for line in swept["runs"] if line["method"] == method)
+    return "measured what the rule goes by" if done else "finished"
 
 
 def _with_chosen(grid: Grid, swept: dict[str, Any] | None) -> list[Cell]:
@@ -633,7 +646,8 @@ def _fail_unchosen(grid: Grid, swept: dict[str, Any] | None) -> None:
             path = Path(cell.config.output_dir)
             path.mkdir(parents=True, exist_ok=True)
             record = {"name": cell.name, "method": cell.method, "seed": cell.seed, "settings": cell.settings}
-            error = f"no run of the sweep of {cell.method} finished, so nothing was chosen for it"
+            lacking = _lacking(swept, cell.method)
+            error = f"no run of the sweep of {cell.method} {lacking}, so nothing was chosen for it"
             _write_cell(path, {**record, "status": "failed", "error": error, "steps": 0, "budget": None})
 
 

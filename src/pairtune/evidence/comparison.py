@@ -5,27 +5,32 @@ The file holds no time and no path, so that the same cells give the same bytes. 
 version         1; a change that a reader would notice makes it 2
 budget          what every cell could spend: `completions`, `tokens`, `completions_per_step` (null: not set)
 task            the words of the enumerable task, null without one
-notes           sentences about the grid: remainders of the budget, settings that do nothing
+notes           sentences about the grid: remainders of the budget, settings that do nothing; and about arms whose
+                evaluations have no reward, of which `matched` and `differences` say nothing
 cells           every cell in the order of the grid: `name`, `method`, `arm` (null unless done), `seed`, `settings`,
                 `status`, `error`, `steps`, `budget` (as in cell.json)
 sweep           as `pairtune.evidence.compare.sweep_of` says; null without one
 arms            every setting that has a finished cell: `name`, `method`, `settings` (what differs between arms), `axes`
                 (its point of the grid), `seeds`, `cells`; `frontier`: `step`, `kl`, `kl_k1`, `reward` of every
-                evaluation; `end`: the line of table 1: `reward`, `kl`, `kl_per_token`, `tokens`, `finished`,
-                `distinct_2`; `fits`: `linear` and `sqrt`, each `intercept`, `slope`, `r_squared`, `residual_std` or
-                null; `spent`: the mean of each counter of the budget over seeds; `clip`: null, or `lowest`, `highest`,
-                `mean` of `clip_ratio` over all steps, and `void`: whether it never left 0 or 1; for a task also
-                `gap` (reward below the exact frontier at its KL, at the end) and `regret` (of the objective)
+                evaluation, the last being each seed's own (`step`: the largest of theirs); `end`: the line of table 1:
+                `reward`, `kl`, `kl_per_token`, `tokens`, `finished`, `distinct_2`; `fits`: `linear` and `sqrt`, each
+                `intercept`, `slope`, `r_squared`, `residual_std` or null; `spent`: the mean of each counter of the
+                budget over seeds; `clip`: null, or `lowest`, `highest`, `mean` of `clip_ratio` over all steps, and
+                `void`: whether it never left 0 or 1; for a task also `gap` (reward below the exact frontier at its KL,
+                at the end) and `regret` (of the objective)
 matched         by point of the axes: `axes`, the common range of KL (`from`, `to`) of its arms, and `arms`: `name`,
                 `reward` at the KL `to`, `area` (mean reward between `from` and `to`); null where they share no range
 differences     pairs of arms that differ in method alone or in one axis alone: `first`, `second`, `by` ("method" or the
                 axis), and for `reward_at_kl` (at `kl`, the largest that both reach), `kl_at_reward` (at `reward`),
                 `area`, `end_reward`, `end_kl` a verdict: `estimate` (first less second), `confirmed`, `reason`
-best_of_n       reference curve of the starting policy: `n`, `kl_bound`, `reward`; [] with one completion a prompt
+best_of_n       reference curve of the starting policy: `n`, `kl_bound`, `reward`; [] with one completion a prompt, or
+                where the arms start apart
 exact_frontier  `kl`, `reward` of the optimum at many betas; [] without a task
 head_to_head    by the reward of training: `names`; `rates` (row beats column, null on the diagonal); `ranking`: `name`,
-                `strength`, best first; `length_controlled`: `name`, `win_rate`, `raw`, `phi` against the start. The
-                first policy is the starting one. Null where nothing was sampled
+                `strength`, best first, [] where no game has a verdict; `length_controlled`: `name`, `win_rate`, `raw`,
+                `phi` against the start. The first policy is the starting one; where the arms start apart (in another
+                model, or measured by another law or reward) none is, and `length_controlled` is []. Null where nothing
+                was sampled
 held_out        the same by `held_out_reward_funcs`, with `reward_funcs`; null without
 
 An estimate is `mean`, `low`, `high` (95%, over prompts and seeds), `prompt_error`, `seed_error`, `seeds_included`,
@@ -87,6 +92,12 @@ VERSION = 1
 START = "starting policy"
 NUM_EXACT_POINTS = 60
 VERDICTS = ("reward_at_kl", "kl_at_reward", "area", "end_reward", "end_kl")
+START_WORDS = (
+    *("model", "model_revision", "eval_dataset", "dataset_test_split", "reward_funcs", "temperature"),
+    *("top_p", "top_k", "max_completion_length"),
+)
+"""Runs in which these agree, and the `dataset` too where it gives the held-out prompts, start from one policy, sampled
+by one law and scored by one reward."""
 
 
 def tables(config: CompareConfig, grid: Grid, swept: dict[str, Any] | None) -> dict[str, Any]:
@@ -112,7 +123,7 @@ def _tables(config: CompareConfig, grid: Grid, swept: dict[str, Any] | None) -> 
         "version": VERSION,
         "budget": config.budget.model_dump(),
         "task": config.task.model_dump() if config.task.policy is not None else None,
-        "notes": grid.notes,
+        "notes": [*grid.notes, *_without_rewards(arms, measured)],
         "cells": [
             {
                 "name": cell.name,
@@ -136,19 +147,36 @@ def _tables(config: CompareConfig, grid: Grid, swept: dict[str, Any] | None) -> 
     if config.task.policy is not None:
         _add_truth(content, arms, measured, config)
     if config.held_out_reward_funcs and arms:
-        from pairtune.evidence.held_out import held_out_scores
+        from pairtune.evidence.held_out import Loaded, held_out_scores
 
-        scores = {run.name: held_out_scores(run, config.held_out_reward_funcs) for arm in arms for run in arm.runs}
-        start = held_out_scores(arms[0].runs[0], config.held_out_reward_funcs, step=0)
+        functions, loaded = config.held_out_reward_funcs, Loaded()
+        scores = {run.name: held_out_scores(run, functions, loaded=loaded) for arm in arms for run in arm.runs}
+        if same_start(arms):
+            scores[START] = held_out_scores(arms[0].runs[0], functions, step=0, loaded=loaded)
         content["held_out"] = {
             "reward_funcs": config.held_out_reward_funcs,
-            **(_head_to_head(arms, {**scores, START: start}) or {}),
+            **(_head_to_head(arms, scores) or {}),
         }
     return without_nan(content)
 
 
 def _record(cell: Path) -> dict[str, Any]:
     return read_json(cell / CELL) or {"status": "missing"}
+
+
+def _without_rewards(arms: Sequence[Arm], measured: Sequence[Evaluated]) -> list[str]:
+    """A sentence on each arm of which nothing is said that needs a reward."""
+    return [
+        f"{arm.name}: evaluations of {', '.join(names)} have no reward, so the arm is left out where one is needed."
+        for arm, evaluated in zip(arms, measured, strict=True)
+        if (
+            names := [
+                run.name
+                for run, rewards in zip(arm.runs, evaluated.reward, strict=True)
+                if not rewards.isfinite().all()
+            ]
+        )
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- single arms
@@ -185,6 +213,25 @@ def axes_of(arm: Arm) -> dict[str, Any]:
     return dict((arm.runs[0].cell or {}).get("settings") or {})
 
 
+def same_start(arms: Sequence[Arm]) -> bool:
+    """Whether all arms begin with one policy, and measure it alike."""
+
+    def start(config: Mapping[str, Any]) -> str:
+        prompts = config.get("dataset") if config.get("eval_dataset") is None else None
+        return str([prompts, *(config.get(word) for word in START_WORDS)])
+
+    return len({start(arm.runs[0].config) for arm in arms}) == 1
+
+
+def over_what(seeds: Sequence[int], *, exact: bool = False) -> str:
+    """What intervals are over, from the number of seeds that each policy has; empty where there are none: exact values
+    of one seed vary with nothing."""
+    if max(seeds, default=1) == 1:
+        return "" if exact else "prompts alone (one seed)"
+    some = "" if min(seeds) > 1 else " (a policy of one seed adds no spread between seeds)"
+    return f"training seeds{some}" if exact else f"prompts and training seeds together{some}"
+
+
 def clip_of(arm: Arm) -> dict[str, Any] | None:
     """How often the clip was at work in all steps of all seeds; None where nothing is clipped.
 
@@ -212,7 +259,8 @@ def _matched(arms: Sequence[Arm], measured: Sequence[Evaluated]) -> list[dict[st
     """Reward at one KL for all arms of a point of the axes, and the mean reward up to there."""
     points: dict[str, list[int]] = {}
     for number, arm in enumerate(arms):
-        points.setdefault(json.dumps(axes_of(arm), sort_keys=True), []).append(number)
+        if measured[number].has_rewards:
+            points.setdefault(json.dumps(axes_of(arm), sort_keys=True), []).append(number)
     found = []
     for key, numbers in points.items():
         common = kl_range(*(measured[number] for number in numbers))
@@ -244,7 +292,7 @@ def _differences(arms: Sequence[Arm], measured: Sequence[Evaluated]) -> list[dic
     for i, first in enumerate(arms):
         for j in range(i + 1, len(arms)):
             by = differs_by(first, arms[j])
-            if by is not None:
+            if by is not None and measured[i].has_rewards and measured[j].has_rewards:
                 line = {"first": first.name, "second": arms[j].name, "by": by}
                 found.append({**line, **_verdicts(measured[i], measured[j])})
     return found
@@ -278,7 +326,7 @@ def _verdicts(a: Evaluated, b: Evaluated) -> dict[str, Any]:
 
 def _best_of_n(arms: Sequence[Arm]) -> list[dict[str, Any]]:
     """From what the starting policy wrote in the evaluations before training: once a seed, so no two runs repeat it."""
-    if not arms:
+    if not same_start(arms):
         return []
     tables = [_scores_of(run, 0) for run in arms[0].runs]
     rows = sorted(set.intersection(*(set(table) for table in tables)))
@@ -305,11 +353,12 @@ def _scores_of(run: Run, step: int | None, scores: Sequence[float | None] | None
 
 
 def _head_to_head(arms: Sequence[Arm], scores: Mapping[str, Sequence[float | None]] | None) -> dict[str, Any] | None:
-    """Every policy at its end against every other, the starting policy among them."""
+    """Every policy at its end against every other, the starting policy among them where all have the same."""
     if not arms:
         return None
-    first = arms[0].runs[0]
-    by_policy = {START: [_scores_of(first, 0, None if scores is None else scores[START])]}
+    by_policy: dict[str, list[Scored]] = {}
+    if same_start(arms):
+        by_policy[START] = [_scores_of(arms[0].runs[0], 0, None if scores is None else scores[START])]
     for arm in arms:
         by_policy[arm.name] = [_scores_of(run, None, None if scores is None else scores[run.name]) for run in arm.runs]
     tables = [table for runs in by_policy.values() for table in runs]
@@ -329,11 +378,12 @@ def _head_to_head(arms: Sequence[Arm], scores: Mapping[str, Sequence[float | Non
     games = score_games(
         {name: values(runs, 0) for name, runs in by_policy.items()},
         {name: values(runs, 1) for name, runs in by_policy.items()},
-        fixed=[START],
+        fixed=[START] if START in by_policy else [],
     )
     matrix, ranked = win_matrix(games), ranking(games)
     controlled = [
-        {"name": name, **length_controlled(games[START, name].swapped())._asdict()} for name in list(by_policy)[1:]
+        {"name": arm.name, **length_controlled(games[START, arm.name].swapped())._asdict()}
+        for arm in (arms if START in by_policy else ())
     ]
     return {
         "names": list(matrix.names),
@@ -415,13 +465,16 @@ def _ends_table(content: dict[str, Any]) -> Table:
     is_task = content["task"] is not None
     columns = ["at the end", "reward", "KL", "tokens", *(["below optimum"] if is_task else []), "strength"]
     strengths = {line["name"]: line["strength"] for line in (content["head_to_head"] or {"ranking": []})["ranking"]}
-    seeds = {len(arm["seeds"]) for arm in content["arms"]}
-    many = f"{min(seeds)} to {max(seeds)}" if len(seeds) > 1 else str(min(seeds))
+    seeds = [len(arm["seeds"]) for arm in content["arms"]]
+    many = f"{min(seeds)} to {max(seeds)}" if min(seeds) < max(seeds) else str(min(seeds))
+    over, games = over_what(seeds, exact=is_task), over_what(seeds)
+    if is_task:  # what is known exactly varies with seeds alone, but games are played with samples
+        over = f"{over}, of the strength over {games}" if over else f"{games}, of the strength alone"
     table = _table(
         "Every policy at its end",
         columns,
-        f"Seeds of each: {many}. ±: half a 95% interval over prompts and seeds. KL in nats a completion; strength: "
-        "Bradley-Terry, in nats.",
+        f"Seeds of each: {many}. ±: half a 95% interval over {over}. KL in nats a completion; strength: Bradley-Terry, "
+        "in nats.",
     )
     for arm in content["arms"]:
         end = arm["end"]
@@ -445,7 +498,8 @@ def _sweep_table(sweep: dict[str, Any]) -> Table:
     table = _table(f"The sweep: kept is the highest {rule} at the end", ["", "settings", rule, ""])
     for run in sweep["runs"]:
         settings = ", ".join(f"{key} {shown(value)}" for key, value in run["settings"].items())
-        value = run["status"] if run["value"] is None else f"{run['value']:.4f}"
+        lacking = "–" if run["status"] == "done" else run["status"]
+        value = lacking if run["value"] is None else f"{run['value']:.4f}"
         edge = ", at the edge" if run["chosen"] and run["method"] in sweep["at_edge"] else ""
         table.add_row(run["method"], settings, value, f"chosen{edge}" if run["chosen"] else "")
     if sweep["at_edge"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pairtune.errors import PairtuneError
-from pairtune.evidence.comparison import axes_of, clip_of
+from pairtune.evidence.comparison import axes_of, clip_of, over_what, same_start
 from pairtune.evidence.figures import Chart, Point, RowMark, Rows, Series
 from pairtune.evidence.frontier import (
     Evaluated,
@@ -37,11 +37,6 @@ from pairtune.runs.display import counted, is_number
 MOST_FINDINGS = 6
 MOST_COLOURS = 8
 """More arms than that share the colour of their method."""
-START_WORDS = (
-    *("model", "model_revision", "dataset", "eval_dataset", "dataset_test_split", "reward_funcs", "temperature"),
-    *("top_p", "top_k", "max_completion_length"),
-)
-"""Runs in which these agree start from one policy, sampled by one law and scored by one reward."""
 
 PromptKey = tuple[int, str]
 
@@ -100,12 +95,10 @@ def frontier_blocks(compared: Compared) -> list[Block]:
     laws = {law(run.config) for arm in compared.arms for run in arm.runs}
     of = laws.pop() if len(laws) == 1 else ", each of the law that its run samples from"
     label = f"KL to the reference (nats a completion{of})"
-    over = _over(compared)
+    bars, many = _intervals(compared, "Bars"), _has_seeds(compared)
     where = "what a policy truly is" if compared.exact else "an evaluation on held-out prompts"
-    text = (
-        f"Each mark is {where}: up and to the left is better. Bars are 95% intervals over {over}; faint marks are the "
-        "single seeds."
-    )
+    text = f"Each mark is {where}: up and to the left is better. {bars}"
+    text += " Faint marks are the single seeds." if many else ""
     references = _references(compared)
 
     def chart(key: str, title: str, text: str, series: list[Series]) -> Chart:
@@ -116,8 +109,8 @@ def frontier_blocks(compared: Compared) -> list[Block]:
     charts = [chart("frontier", "every evaluation of every policy", text, _courses(compared, points))]
     if ends := _joined_ends(compared, points):
         text = (
-            "Each mark is the end of one setting, the mean over its seeds; a line joins the settings of one method in "
-            f"the order of their KL. Bars are 95% intervals over {over}."
+            f"Each mark is the end of one setting{', the mean over its seeds' if many else ''}; a line joins the "
+            f"settings of one method in the order of their KL. {bars}"
         )
         charts.append(chart("frontier-ends", "the ends, joined by method", text, ends))
         if len(compared.arms) > MOST_COLOURS:
@@ -133,7 +126,8 @@ def _courses(compared: Compared, points: Sequence[list[FrontierPoint]]) -> list[
     series: list[Series] = []
     for arm, course, evaluated in zip(compared.arms, points, compared.measured, strict=True):
         look: dict[str, Any] = {"slot": compared.slot[arm.name], "group": compared.group[arm.name], "marked": True}
-        mean = [_frontier_point(point, f"step {point.step}, {_seeds(arm)}") for point in course]
+        mean = [_frontier_point(point, f"{_when(arm, point, course)}, {_seeds(arm)}") for point in course]
+        mean = [point for point in mean if math.isfinite(point.y)]
         series.append(Series(arm.name, mean, interval="bars", **look))
         if len(arm.runs) > 1:
             kind: Literal["line", "points"] = "line" if len(compared.arms) <= MOST_COLOURS else "points"
@@ -148,29 +142,47 @@ def _joined_ends(compared: Compared, points: Sequence[list[FrontierPoint]]) -> l
     """One line a method through the ends of its settings; nothing where no method has two of them."""
     by_method: dict[str, list[tuple[Arm, FrontierPoint]]] = {}
     for arm, course in zip(compared.arms, points, strict=True):
-        by_method.setdefault(arm.method, []).append((arm, course[-1]))
-    if max(map(len, by_method.values())) < 2:
+        if math.isfinite(course[-1].reward.mean):
+            by_method.setdefault(arm.method, []).append((arm, course[-1]))
+    if max(map(len, by_method.values()), default=0) < 2:
         return []
     own = len(compared.arms) <= MOST_COLOURS  # then a group is an arm, and a line over several cannot be one of them
     series = []
     for slot, (method, ends) in enumerate(by_method.items(), start=1):
         ends.sort(key=lambda pair: pair[1].kl.mean)
-        there = [_frontier_point(point, f"{arm.name}, step {point.step}, {_seeds(arm)}") for arm, point in ends]
+        there = [
+            _frontier_point(point, f"{arm.name}, {_when(arm, point, [point])}, {_seeds(arm)}") for arm, point in ends
+        ]
         look = slot if own else compared.slot[ends[0][0].name]
         series.append(Series(method, there, slot=look, interval="bars", marked=True, group=method))
     return series
 
 
-def _over(compared: Compared) -> str:
-    """What the intervals are over."""
-    if compared.exact:
-        return "training seeds (the values of each policy are exact, means over all prompts of the task)"
-    return "prompts and training seeds together"
+def _has_seeds(compared: Compared) -> bool:
+    """Whether any arm has more than one run."""
+    return any(len(arm.runs) > 1 for arm in compared.arms)
+
+
+def _intervals(compared: Compared, what: str = "Intervals") -> str:
+    """A sentence on what the intervals are over, as far as the arms have seeds for one."""
+    over = over_what([len(arm.runs) for arm in compared.arms], exact=compared.exact)
+    if not over:
+        return "There are no intervals: every policy has one seed, and its values are exact."
+    exact = "; the values of each policy are exact, means over all prompts of the task" if compared.exact else ""
+    return f"{what} are at 95%, over {over}{exact}."
 
 
 def _frontier_point(point: FrontierPoint, text: str) -> Point:
     kl, reward = point.kl, point.reward
     return Point(kl.mean, reward.mean, end(reward.low), end(reward.high), end(kl.low), end(kl.high), text)
+
+
+def _when(arm: Arm, point: FrontierPoint, course: Sequence[FrontierPoint]) -> str:
+    """The step of an evaluation; of the last one from where to where, if the seeds ended at different steps."""
+    ends = {run.evaluations[-1]["step"] for run in arm.runs if run.evaluations}
+    if point is not course[-1] or len(ends) < 2:
+        return f"step {point.step}"
+    return f"the end (steps {min(ends)} to {max(ends)})"
 
 
 def _seeds(arm: Arm) -> str:
@@ -183,10 +195,13 @@ def _seed_points(run: Run, number: int, points: Sequence[FrontierPoint], evaluat
     lines = {line["step"]: line for line in run.evaluations if line.get("num_prompts") == evaluated.num_prompts}
     found = []
     for point in points:
-        _, low, high = quantity(lines.get(point.step, {}), "reward")
-        _, left, right = quantity(lines.get(point.step, {}), "kl")
-        text = f"step {point.step}, seed {run.seed} alone"
-        found.append(Point(point.kl.by_seed[number], point.reward.by_seed[number], low, high, left, right, text))
+        # The last evaluations of the seeds stand at one place, whatever their steps.
+        step = run.evaluations[-1]["step"] if point is points[-1] and run.evaluations else point.step
+        _, low, high = quantity(lines.get(step, {}), "reward")
+        _, left, right = quantity(lines.get(step, {}), "kl")
+        text = f"step {step}, seed {run.seed} alone"
+        if math.isfinite(point.reward.by_seed[number]):
+            found.append(Point(point.kl.by_seed[number], point.reward.by_seed[number], low, high, left, right, text))
     return found
 
 
@@ -250,11 +265,6 @@ def _start_rewards(arms: Sequence[Arm]) -> Tensor | None:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def same_start(arms: Sequence[Arm]) -> bool:
-    """Whether all arms begin with one policy, and measure it alike."""
-    return len({str([arm.runs[0].config.get(word) for word in START_WORDS]) for arm in arms}) == 1
-
-
 def scored(run: Run, step: int | None = None) -> dict[PromptKey, list[tuple[float, float]]]:
     """Reward and length of each completion of an evaluation (the last) by prompt; NaN for what is not there."""
     found: dict[PromptKey, list[tuple[float, float]]] = {}
@@ -302,6 +312,8 @@ def matches_of(compared: Compared) -> list[Match]:
     matches = []
     for first, second in _pairs(compared.arms):
         a, b = measured[first.name], measured[second.name]
+        if not (a.has_rewards and b.has_rewards):
+            continue
         kls, rewards = kl_range(a, b), reward_range(a, b)
         if kls is not None and kls[1] > kls[0]:
             verdict = compare_reward_at_kl(a, b, kls[1])
@@ -312,7 +324,8 @@ def matches_of(compared: Compared) -> list[Match]:
 
 
 def _pairs(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
-    if len(arms) <= 6:
+    if len(arms) <= 6:  # the first method's before all others, so that it is the first of every pair it is in
+        arms = sorted(arms, key=lambda arm: arm.method != arms[0].method)
         return [(a, b) for number, a in enumerate(arms) for b in arms[number + 1 :]]
     place = places(arms)
     first = [arm for arm in arms if arm.method == arms[0].method]
@@ -346,9 +359,11 @@ def matched_blocks(compared: Compared, matches: Sequence[Match]) -> list[Block]:
         rows: list[list[str | Cell]] = []
         for arm, evaluated in zip(compared.arms, compared.measured, strict=True):
             rows.append([arm.name, *(estimate_cell(reward_at_kl(evaluated, kl)) for kl in levels)])
+        many = _has_seeds(compared)
         text = (
-            "The reward where a run first crosses that KL, between two evaluations on a straight line; the mean over "
-            f"seeds, with 95% intervals over {_over(compared)}. A dash: one seed at least never gets there."
+            "The reward where a run first crosses that KL, between two evaluations on a straight line"
+            f"{'; the mean over seeds' if many else ''}. {_intervals(compared)} A dash: "
+            f"{'one seed at least never gets' if many else 'the run never gets'} there."
         )
         columns = ["policy", *(f"at {kl:g} nats" for kl in levels)]
         groups = [compared.group[arm.name] for arm in compared.arms]
@@ -422,7 +437,8 @@ def _levels(measured: Sequence[Evaluated]) -> list[float]:
 
 def _fits(compared: Compared) -> Table | None:
     assert compared.measured is not None
-    common = kl_range(*compared.measured)
+    rewarded = [evaluated for evaluated in compared.measured if evaluated.has_rewards]
+    common = kl_range(*rewarded) if rewarded else None
     common = common if common is not None and common[1] > common[0] else None
     rows: list[list[str | Cell]] = []
     for arm, evaluated in zip(compared.arms, compared.measured, strict=True):
@@ -435,15 +451,13 @@ def _fits(compared: Compared) -> Table | None:
             fit = fit_frontier(evaluated, kind)
             row += [estimate_cell(fit.slope if fit else None), Cell(fit.r_squared if fit else None, form="{:.2f}")]
         rows.append(row)
-    up_to = (
-        f"{common[0]:.2f} to {common[1]:.2f} nats, which all of them pass"
+    mean = (
+        f"Mean reward along the frontier: its area over KLs of {common[0]:.2f} to {common[1]:.2f} nats, which all of "
+        "them pass, divided by their width."
         if common
-        else "a KL that all of them pass (there is none)"
+        else "No range of KLs is passed by all of them, so none has a mean reward along the frontier."
     )
-    text = (
-        f"Mean reward along the frontier: its area over KLs of {up_to}, divided by their width. Slopes are of "
-        "reward = a + b KL and reward = a + b sqrt(KL) through the evaluations of each seed."
-    )
+    text = f"{mean} Slopes are of reward = a + b KL and reward = a + b sqrt(KL) through the evaluations of each seed."
     columns = ["policy", "mean reward along the frontier", "slope in KL", "R² in KL", "slope in √KL", "R² in √KL"]
     groups = [compared.group[arm.name] for arm in compared.arms]
     return Table("frontier_fits", "Area and fits", columns, rows, text, groups)
@@ -461,7 +475,9 @@ def verdict_sentence(compared: Compared, matches: Sequence[Match]) -> str:
             f"{arms[0].name} ends at a held-out reward of {reward.text} {reward.interval} and {point.kl.mean:.2f} nats "
             f"of KL to the reference, over {counted(len(arms[0].runs), 'seed')}."
         )
-    subject, against = _against_others(arms[0], matches)
+    rewarded = [arm for arm, one in zip(arms, compared.measured, strict=True) if one.has_rewards]
+    place = places(arms)
+    subject, against = _against_others((rewarded or arms)[0], matches, place)
     if not against:
         return "No two of these policies reach a common KL, so nothing is compared at equal drift."
     kinds: dict[str, list[str]] = {"more reward than": [], "less reward than": [], "no confirmed difference to": []}
@@ -469,9 +485,11 @@ def verdict_sentence(compared: Compared, matches: Sequence[Match]) -> str:
         confirmed = [match.verdict.estimate for match in group if match.verdict.confirmed]
         more = sum(estimate is not None and estimate.mean > 0 for estimate in confirmed)
         less = sum(estimate is not None and estimate.mean < 0 for estimate in confirmed)
+        alike = all(place[match.first.name] == place[match.second.name] for match in group)
+        many = f"{len(group)} {'settings' if alike else 'pairs of settings'}"
         for words, number in (("more reward than", more), ("less reward than", less)):
             if number:
-                kinds[words].append(f"{name} (at {number} of {len(group)} settings)" if len(group) > 1 else name)
+                kinds[words].append(f"{name} (at {number} of {many})" if len(group) > 1 else name)
         if not more and not less:
             kinds["no confirmed difference to"].append(name)
     parts = [f"{words} {_listed(found)}" for words, found in kinds.items() if found]
@@ -480,14 +498,24 @@ def verdict_sentence(compared: Compared, matches: Sequence[Match]) -> str:
     return f"At matched KL{sure}, {subject} has {'; '.join(parts)}."
 
 
-def _against_others(first: Arm, matches: Sequence[Match]) -> tuple[str, dict[str, list[Match]]]:
-    """The first method and what it was matched with, by method; with one method alone, the first arm and the others."""
+def _against_others(
+    first: Arm, matches: Sequence[Match], place: Mapping[str, str]
+) -> tuple[str, dict[str, list[Match]]]:
+    """The first method and what it was matched with, by method; with one method alone, the first arm and the others.
+
+    place: as `places`. A difference to a method at another setting is that of the setting too, so it counts only where
+    the two have no setting in common.
+    """
     against: dict[str, list[Match]] = {}
     for match in matches:
         if match.first.method == first.method != match.second.method:
             against.setdefault(match.second.method, []).append(match)
     if against:
-        return first.method, against
+        alike = {
+            name: [match for match in group if place[match.first.name] == place[match.second.name]]
+            for name, group in against.items()
+        }
+        return first.method, {name: alike[name] or group for name, group in against.items()}
     return first.name, {match.second.name: [match] for match in matches if match.first is first}
 
 
@@ -521,11 +549,36 @@ def table1_blocks(compared: Compared) -> list[Block]:
     columns = ["policy", "reward", "KL (nats a completion)", "KL a token", "tokens", "finished", "distinct-2"]
     columns += [{"gap": "below the exact frontier", "regret": "regret of the objective"}[name] for name in truths]
     text = (
-        f"At the last evaluation, over all seeds; 95% intervals over {_over(compared)}. KL a token is the ratio of the "
-        "sums. Finished: ended by itself, not by the length cap."
+        f"At the last evaluation{', over all seeds' if _has_seeds(compared) else ''}. {_intervals(compared)} KL a "
+        "token is the ratio of the sums. Finished: ended by itself, not by the length cap."
     )
+    if early := _stopped_early(compared.arms):
+        text += f" Before the end of training: {early}."
     groups = [compared.group[arm.name] for arm in compared.arms]
     return [Tables([Table("table1", "At the end of training", columns, rows, text, groups)])]
+
+
+def stopped(run: Run) -> str:
+    """ "stopped at step 5 of 10" of a run that is no cell and whose log ends before what its configuration asks for;
+    else empty.
+
+    A run that has generated max_generated_tokens ended on purpose. Whether max_minutes ended one, no file of it tells;
+    stopped it has in any case.
+    """
+    if run.cell is not None:
+        return ""
+    last: dict[str, Any] = run.metrics[-1] if run.metrics else {"step": 0}
+    steps, limit, asked = last["step"], run.config.get("max_generated_tokens"), run.config.get("max_steps")
+    if limit is not None and last.get("num_generated_tokens", 0) >= limit:
+        return ""
+    if asked is None and last.get("epoch") and run.config.get("num_epochs"):  # as `supervised.num_updates`
+        asked = max(1, math.ceil(round(run.config["num_epochs"] * steps / last["epoch"], 6)))
+    return f"stopped at step {steps} of {asked}" if asked is not None and steps < asked else ""
+
+
+def _stopped_early(arms: Sequence[Arm]) -> str:
+    found = [f"{arm.name}, seed {run.seed}, {words}" for arm in arms for run in arm.runs if (words := stopped(run))]
+    return "; ".join(found) if len(found) <= MOST_FINDINGS else f"{len(found)} runs, which the table of runs names"
 
 
 def _interval(run: Run, name: str) -> Interval | None:
@@ -565,15 +618,22 @@ def last_evaluations(compared: Compared) -> list[Block]:
 
 def ablation_blocks(compared: Compared) -> list[Block]:
     """Arms that differ in one word, side by side at the end of training."""
+    void = [arm.name for arm in compared.arms if (clip := clip_of(arm)) is not None and clip["void"]]
+    notes = [f"Void as an ablation of the clip, for it touched nothing or everything: {', '.join(void)}."]
+    told: list[Block] = [Text(notes)] if void else []  # whether or not a setting varies
     if compared.measured is None:
-        return []
-    ends = {arm.name: frontier(one)[-1] for arm, one in zip(compared.arms, compared.measured, strict=True)}
+        return told
+    ends = {
+        arm.name: frontier(one)[-1]
+        for arm, one in zip(compared.arms, compared.measured, strict=True)
+        if one.has_rewards
+    }
     figures: list[Chart | Rows] = []
     words = dict.fromkeys(word for arm in compared.arms for word in arm.settings)
     for word in words:
         if word in CONSEQUENCES or word in ("algorithm", "model"):
             continue
-        families = _families(compared.arms, word)
+        families = _families([arm for arm in compared.arms if arm.name in ends], word)
         values = [arm.settings.get(word) for family in families for arm in family]
         if not families:
             continue
@@ -582,11 +642,9 @@ def ablation_blocks(compared: Compared) -> list[Block]:
         else:
             figures.append(_worded_ablation(compared, word, families, ends))
     if not figures:
-        return []
-    notes = ["At the end of training, not at equal KL: a setting that has more reward may only have drifted further."]
-    if void := [arm.name for arm in compared.arms if (clip := clip_of(arm)) is not None and clip["void"]]:
-        notes.append(f"Void as an ablation of the clip, for it touched nothing or everything: {', '.join(void)}.")
-    return [Text(notes), Figures(figures)]
+        return told
+    what = "At the end of training, not at equal KL: a setting that has more reward may only have drifted further."
+    return [Text([what, *(notes if void else [])]), Figures(figures)]
 
 
 def _families(arms: Sequence[Arm], word: str) -> list[list[Arm]]:

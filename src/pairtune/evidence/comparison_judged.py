@@ -47,6 +47,7 @@ def _result_blocks(result: Line, number: int, looks: Mapping[str, Look]) -> list
             list(strengths) or sorted(dict.fromkeys(name for name, _ in scores), key=partial(_losses, scores)),
             lambda row, column: scores.get((row, column)),
             strengths,
+            [side.get("num_seeds", 1) for side in result["sides"]],
         )
     pairs = _pairs(result, number)
     folded = f"all {len(pairs.rows)} pairs of policies" if len(pairs.rows) > MOST_PAIRS_OPEN else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.config import METHODS
+from pairtune.evidence.comparison import same_start
 from pairtune.evidence.comparison_frontier import (
     Compared,
     ablation_blocks,
@@ -17,8 +18,8 @@ from pairtune.evidence.comparison_frontier import (
     last_evaluations,
     matched_blocks,
     matches_of,
-    same_start,
     starts,
+    stopped,
     table1_blocks,
     verdict_sentence,
 )
@@ -226,7 +227,7 @@ def _runs(runs: Sequence[Run], compared: Compared) -> list[Block]:
     for run, budget in zip(runs, budgets, strict=True):
         arm = arm_of.get(str(run.folder))
         groups.append("" if arm is None else compared.group[arm.name])
-        status = str((run.cell or {}).get("status", "")) or "done"
+        status = str((run.cell or {}).get("status", "")) or stopped(run) or "done"
         if error := (run.cell or {}).get("error"):
             status = f"{status}: {clean(str(error))}"
         steps = run.metrics[-1]["step"] if run.metrics else None
@@ -264,15 +265,18 @@ def _budgets(compared: Compared, spent: Sequence[str]) -> Table:
 def _sweep(compared: Compared) -> Table | None:
     """The runs from which settings were chosen, by the same rule for every method."""
     sweep = compared.record.get("sweep") or {}
+    at_edge = sweep.get("at_edge") or ()
     rows: list[list[str | Cell]] = []
     for line in sweep.get("runs") or ():
         settings = ", ".join(f"{word} {shown(value)}" for word, value in (line.get("settings") or {}).items())
         numbers_of = [Cell(line.get(name)) for name in ("reward", "kl", "value")]
-        chosen = "chosen" if line.get("chosen") else clean(str(line.get("error") or ""))
+        edge = ", at the edge" if line.get("method") in at_edge else ""
+        chosen = f"chosen{edge}" if line.get("chosen") else clean(str(line.get("error") or ""))
         rows.append([str(line.get("method")), settings, *numbers_of, chosen])
     if not rows:
         return None
     rule = f"Chosen by the largest {sweep.get('rule')} on the split {sweep.get('split')}, seed {sweep.get('seed')}."
+    rule += " At the edge: what lies beyond the values that were tried?" if at_edge else ""
     return Table("sweep", "The sweep", ["method", "settings", "reward", "KL (nats)", "value", ""], rows, rule)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pairtune.evidence.comparison import over_what
 from pairtune.evidence.comparison_frontier import Compared, PromptKey, end, estimate_cell, places, scored, starts
 from pairtune.evidence.figures import HeatMap, RowMark, Rows
 from pairtune.evidence.head_to_head import Games, length_controlled, ranking, score_games, win_matrix, win_rate
@@ -37,6 +38,9 @@ def head_to_head_blocks(compared: Compared) -> list[Block]:
         return held_out
     games = score_games(scores, lengths, fixed=[START] if START in scores else [])
     matrix, ranked = win_matrix(games), ranking(games)
+    if not ranked.names:
+        nobody = "No completion has a reward, so that nobody wins against anybody by the reward of training."
+        return [Text([nobody]), *held_out]
     strengths = dict(zip(ranked.names, ranked.strengths, strict=True))
     order = [ranked.names[i] for i in ranked.order]
     place = {name: i for i, name in enumerate(matrix.names)}
@@ -47,7 +51,7 @@ def head_to_head_blocks(compared: Compared) -> list[Block]:
 
     spans = {name: Interval(*strengths[name][:3]) for name in order}
     when = "the row's completion has a larger reward than the column's"
-    figures = win_figures(looks_of(compared), "", when, order, rate, spans)
+    figures = win_figures(looks_of(compared), "", when, order, rate, spans, [len(arm.runs) for arm in arms])
     note: list[Block] = [Text([left_out])] if left_out else []
     return [*note, *figures, Tables([_strengths(compared, games, order, strengths)]), *held_out]
 
@@ -75,10 +79,12 @@ def win_figures(
     order: Sequence[str],
     rate: Callable[[str, str], Interval | None],
     strengths: Mapping[str, Interval],
+    seeds: Sequence[int],
 ) -> list[Block]:
     """Heat map and ranking, in this order of names; without strengths the heat map alone.
 
-    `key` tells several of them on a page apart; `when` says what a win is ("the row's completion has ...").
+    `key` tells several of them on a page apart; `when` says what a win is ("the row's completion has ..."); `seeds` are
+    how many each trained policy has, in any order.
     """
     look = [looks.get(name, NEUTRAL) for name in order]
     rates = [[rate(row, column) if row != column else None for column in order] for row in order]
@@ -89,8 +95,9 @@ def win_figures(
     heat_map = HeatMap(
         f"win_matrix{key}",
         "Who wins how often",
-        f"How often {when} on the same prompt, in percent, ties half; all seeds of one against all seeds of the other. "
-        "The strongest stands first.",
+        f"How often {when} on the same prompt, in percent, ties half"
+        f"{'; all seeds of one against all seeds of the other' if max(seeds, default=1) > 1 else ''}. The strongest "
+        "stands first.",
         list(order),
         grid(0),
         grid(1),
@@ -106,7 +113,7 @@ def win_figures(
     rows = Rows(
         f"ranking{key}",
         "Ranking",
-        "Bradley-Terry strength with its 95% interval over prompts and seeds: one policy beats another with "
+        f"Bradley-Terry strength with its 95% interval over {over_what(seeds)}: one policy beats another with "
         "probability sigmoid(difference). 0 is the mean of all.",
         "strength (log-odds)",
         marks,
@@ -161,7 +168,8 @@ def _held_out(compared: Compared) -> list[Block]:
     functions = ", ".join(clean(str(name)) for name in found.get("reward_funcs", []))
     words = Text([f"By a reward that no policy was trained on: {functions}."], quiet=False)
     when = "the row's completion has a larger held-out reward than the column's"
-    return [words, *win_figures(looks_of(compared), "-held_out", when, list(spans), rate, spans)]
+    seeds = [len(arm.runs) for arm in compared.arms if arm.name in names]
+    return [words, *win_figures(looks_of(compared), "-held_out", when, list(spans), rate, spans, seeds)]
 
 
 def interval_of(estimate: Any) -> Interval | None:

@@ -45,12 +45,13 @@ class Evaluated:
     """The evaluations of one arm: S seeds, E evaluations, P prompts; means over a prompt's completions, float64.
 
     Exact values of an enumerable task go in with P = 1, the mean over all prompts: intervals are then over seeds.
-    Leave a prompt out that any cell has no value for: NaN goes through to every estimate that reads it. Raises
-    ValueError where the shapes do not agree.
+    Leave a prompt out that any cell has no value for: NaN goes through to every estimate that reads it. The last
+    evaluation is the end of each seed's training, whose steps may differ. Raises ValueError where the shapes do not
+    agree.
     """
 
     steps: Tensor
-    """(E,) int64, ascending."""
+    """(E,) int64, ascending; the last is the largest of those at which the seeds ended."""
     kl: Tensor
     """(S, E, P) nats a completion."""
     kl_k1: Tensor
@@ -76,6 +77,11 @@ class Evaluated:
     def num_prompts(self) -> int:
         return self.kl.shape[2]
 
+    @property
+    def has_rewards(self) -> bool:
+        """Whether every evaluation of every seed has a reward; without, nothing that needs one can be said."""
+        return bool(self.reward.isfinite().all())
+
     def at(self, metric: Metric, index: int) -> Tensor:
         """(S, P) of one metric at the evaluation of that index, from the end where negative. Raises ValueError where
         the metric is not known."""
@@ -89,6 +95,7 @@ class FrontierPoint(NamedTuple):
     """One evaluation of an arm."""
 
     step: int
+    """At the end the largest of the seeds' last steps."""
     kl: Estimate
     kl_k1: Estimate
     reward: Estimate
@@ -241,7 +248,8 @@ def compare_area(a: Evaluated, b: Evaluated, kl: float, start: float | None = No
 
 
 def compare_at(a: Evaluated, b: Evaluated, metric: Metric, index: int = -1, *, level: float = 0.95) -> Verdict:
-    """A metric of `a` less that of `b` at the evaluation of that index (the last): equal steps, not equal KL."""
+    """A metric of `a` less that of `b` at the evaluation of that index (the last: the end of training), not at equal
+    KL."""
     return _compare(a.at(metric, index), b.at(metric, index), level)
 
 

@@ -6,11 +6,13 @@ chose, then what follows from the budget. No torch here: a mistake costs no wait
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ MIN_UPDATES = 4
 WITHOUT_RATIO = ("rloo", "reinforce", "vpg")
 """Of several updates a batch only their first follows the gradient of their objective."""
 MAX_SENTENCES = 5
+DECIDED = ("seed", "output_dir", "resume", "overwrite")
+"""Words that `compare` sets for every cell itself."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "kl_coefficient": {"axes": {"beta": [0.02, 0.05, 0.1, 0.2]}},
@@ -95,6 +99,7 @@ def grid_of(config: CompareConfig) -> Grid:
     base = _base_of(config)
     methods = _methods_of(config)
     axes = _axes_of(config, base)
+    _refuse_decided(config, methods)
     _refuse_unknown(config, [base, *methods.values(), axes, config.sweep.axes])
     points = list(_points(config, methods, axes))
     mistakes: dict[str, list[str]] = {}
@@ -103,13 +108,14 @@ def grid_of(config: CompareConfig) -> Grid:
     if mistakes:
         sentences = [_for_cells(sentence, names) for sentence, names in mistakes.items()]
         raise PairtuneError("\n".join(sentences[:MAX_SENTENCES]))
-    built, swept = ([cell for cell in some if cell is not None] for some in (cells, sweep))
+    built, swept = (_told_apart([cell for cell in some if cell is not None]) for some in (cells, sweep))
     names = [cell.name for cell in built]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise PairtuneError(
             f"two cells are called {twice}, for they have one method, one setting and one seed; leave one of them out, "
             "or give it a method name of its own."
         )
+    _refuse_one_run_twice(config, built)
     notes: dict[str, list[str]] = {}
     for cell in [*built, *swept]:
         for note in cell.notes:
@@ -121,6 +127,36 @@ def grid_of(config: CompareConfig) -> Grid:
 def slug(text: str) -> str:
     """A name for a folder: lower-case letters, digits, dots, `_` and single dashes."""
     return re.sub(r"[^a-z0-9._]+", "-", text.lower()).strip("-.") or "cell"
+
+
+def _told_apart(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells of another method or setting whose names are spelt alike as folders, "P3O+" and "P3O-", get a few digits of
+    what they are. The first keeps its name, so that a comparison may gain such a cell."""
+    first: dict[str, str] = {}
+    found = []
+    for cell in cells:
+        what = json.dumps([cell.method, cell.settings], sort_keys=True, default=str)
+        if first.setdefault(cell.name, what) != what:
+            stem, _, seed = cell.name.rpartition("_")
+            name = f"{stem}_{hashlib.sha256(what.encode()).hexdigest()[:6]}_{seed}"
+            path = str(Path(cell.config.output_dir).with_name(name))
+            cell = replace(cell, name=name, config=cell.config.model_copy(update={"output_dir": path}))
+        found.append(cell)
+    return found
+
+
+def _refuse_one_run_twice(config: CompareConfig, cells: Sequence[Cell]) -> None:
+    """Cells that only their names tell apart: after the whole grid had run, no table could be made of them."""
+    known: dict[str, Cell] = {}
+    for cell in cells:
+        values = {key: value for key, value in flat_values(cell.config).items() if key != "output_dir"}
+        chosen = sorted(config.sweep.axes.keys() - cell.settings.keys())  # not in the configuration yet
+        first = known.setdefault(json.dumps([cell.method, chosen, values], sort_keys=True, default=str), cell)
+        if first is not cell:
+            raise PairtuneError(
+                f"the cells {first.name} and {cell.name} come to one and the same run, whatever tells their names "
+                "apart (a budget sets max_steps itself, say); leave one of them out."
+            )
 
 
 # ------------------------------------------------------------------------------------------------- what is laid in what
@@ -157,6 +193,22 @@ def _axes_of(config: CompareConfig, base: Mapping[str, Any]) -> dict[str, list[A
         rate = float(base.get("learning_rate", TrainConfig.model_fields["learning_rate"].default))
         axes["learning_rate"] = [float(f"{rate * factor:.3g}") for factor in preset["learning_rate_factors"]]
     return {**axes, **config.axes}
+
+
+def _refuse_decided(config: CompareConfig, methods: Mapping[str, Mapping[str, Any]]) -> None:
+    """Words that every cell gets from `compare`, whatever a layer says; a single cell may name its seed."""
+    layers: list[tuple[str, Mapping[str, Any]]] = [(f"methods.{name}", own) for name, own in methods.items()]
+    layers += [("axes", config.axes), ("sweep.axes", config.sweep.axes)]
+    layers += [("cells", {key: value for key, value in cell.items() if key != "seed"}) for cell in config.cells]
+    sentences = [
+        f"{key} stands in {where}, but `pairtune compare` sets it for every cell; "
+        + ("use seeds." if key == "seed" else "leave it out.")
+        for where, layer in layers
+        for key in DECIDED
+        if key in layer
+    ]
+    if sentences:
+        raise PairtuneError("\n".join(list(dict.fromkeys(sentences))[:MAX_SENTENCES]))
 
 
 def _refuse_unknown(config: CompareConfig, layers: Sequence[Mapping[str, Any]]) -> None:

@@ -209,12 +209,12 @@ def ranking(games: Mapping[tuple[str, str], Games], *, prior: float = 1.0, level
 
     Each pair counts as many games as it has prompts with a verdict, so that more completions or seeds do not weigh
     more; prior: so many games more that each pair has split. What a pair adds to the variance that one of them won
-    throughout is taken from the fit, since its games show no scatter. A policy without a verdict is left out. Raises
-    ValueError where there is none at all, and where a policy's seeds or the prompts differ between its games.
+    throughout is taken from the fit, since its games show no scatter. A policy without a verdict is left out: nobody
+    is ranked where no game has one. Raises ValueError where a policy's seeds or the prompts differ between its games.
     """
     games = {pair: played for pair, played in games.items() if played.num_prompts}
     if not games:
-        raise ValueError("no game has a verdict")
+        return Ranking((), [], ())
     names = _names(games)
     index = {name: i for i, name in enumerate(names)}
     wins, counts = torch.zeros(2, len(names), len(names), dtype=torch.float64)

@@ -51,6 +51,7 @@ from pairtune.models.sampler import EVALUATION_STREAM, HFSampler
 from pairtune.models.weights import resolve_model
 from pairtune.runs.display import clean, counted, make_console, progress
 from pairtune.runs.folder import flatten, is_run_folder, without_nan, write_atomic
+from pairtune.runs.memory import out_of_memory
 from pairtune.types import Prompt
 
 VERDICTS = "verdicts.jsonl"
@@ -93,6 +94,7 @@ class Side:
         return [key for key in self.prompts if all(key in seed for seed in self.completions)]
 
 
+@out_of_memory("judging", "lower judge.batch_size; verdicts that judge.cache holds are not asked for again")
 def judge(config: JudgeConfig) -> dict[str, Any]:
     """Compare every two of the sides; prints tables, writes judge.json and verdicts.jsonl, returns the content of the
     former.
@@ -119,15 +121,17 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
         for sentence in note["notes"]:
             console.print(Text(clean(sentence)), soft_wrap=True)
     judgements = judge_pairs(arbiter, [contest.pair for contest in contests])
-    summary = summarise(config, arbiter, sides, keys, contests, judgements, dropped)
     folder.mkdir(parents=True, exist_ok=True)
     lines = (
-        json.dumps(line, ensure_ascii=False)
+        json.dumps(without_nan(line), ensure_ascii=False, allow_nan=False)
         for contest, judgement in zip(contests, judgements, strict=True)
         for line in _lines(contest, judgement, sides)
     )
+    # Before anything is made of them: verdicts may have cost money, and tables can be made again.
     write_atomic(folder / VERDICTS, "".join(f"{line}\n" for line in lines))
-    write_atomic(folder / JUDGED, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    summary = summarise(config, arbiter, sides, keys, contests, judgements, dropped)
+    text = json.dumps(without_nan(summary), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomic(folder / JUDGED, text + "\n")
     show(summary, console)
     if isinstance(arbiter, EndpointJudge):
         _show_usage(arbiter, console)
@@ -188,9 +192,15 @@ def _read_side(path: str, config: JudgeConfig) -> list[Side]:
         resolve_model(path)
         return [Side(Path(path).name, path, model=path)]
     if is_comparison(place):
+        arms = group_arms(read_runs([place]))
+        if not arms:
+            raise PairtuneError(
+                f"no cell of {path} is done yet, so it has nothing to judge; let `pairtune compare` finish one, or "
+                "leave it out."
+            )
         return [
             _joined(*(_from_rows(arm.name, path, _last_samples(run.folder), config) for run in arm.runs))
-            for arm in group_arms(read_runs([place]))
+            for arm in arms
         ]
     name = place.resolve().name
     if is_run_folder(place) and (samples := _last_samples(place)):
@@ -314,6 +324,7 @@ def _rows_at(raw: RawPrompts, rows: Sequence[int]) -> RawPrompts:
     return RawPrompts([raw.prompts[row] for row in rows], columns, raw.name)
 
 
+@out_of_memory("sampling", "lower eval_generations or max_completion_length")
 def _sampled(side: Side, wanted: RawPrompts, config: JudgeConfig) -> Side:
     """A model's completions of the prompts wanted: the same for one seed, whatever else is compared."""
     assert side.model is not None
@@ -628,6 +639,7 @@ def show(summary: dict[str, Any], console: Console) -> None:
         for name, row in zip(names, rates, strict=True):
             table.add_row(_cell(name), *(_cell("" if rate is None else _percent(rate, ends=False)) for rate in row))
         console.print(table)
+    if summary.get("ranking"):
         table = _table("Bradley-Terry ranking, log-odds")
         for name in ("", "strength"):
             table.add_column(name, justify="right" if name else "left")

@@ -11,7 +11,7 @@ from pairtune.errors import PairtuneError
 from pairtune.evidence.figures import save_figures
 from pairtune.evidence.page import Page, Section, render
 from pairtune.evidence.run_page import reward_change, run_page, stage_of
-from pairtune.evidence.runs import Line, is_comparison, is_judged, read_judged, read_runs
+from pairtune.evidence.runs import CELL, Line, is_comparison, is_judged, read_judged, read_runs
 from pairtune.evidence.tables import save_tables
 from pairtune.runs import folder
 from pairtune.runs.display import clean
@@ -56,7 +56,8 @@ def make_page(folders: Sequence[str | Path]) -> Page:
     """What the page of these folders says; see `write_report`."""
     paths = [Path(one) for one in folders]
     judged = read_judged(paths)
-    trained = [path for path in paths if not is_judged(path)]
+    # A judge may write into the folder of what it judged; that folder is a result and a run or a comparison.
+    trained = [path for path in paths if not is_judged(path) or is_comparison(path) or _is_run(path)]
     if judged and not trained:
         return _judged_page(judged)
     runs = read_runs(trained)
@@ -73,6 +74,11 @@ def make_page(folders: Sequence[str | Path]) -> Page:
     from pairtune.evidence.comparison_page import comparison_page
 
     return comparison_page(runs, trained, judged)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder has what `read_run` reads a run from."""
+    return any((path / name).is_file() for name in (folder.CONFIG, folder.METRICS, folder.EVALUATIONS, CELL))
 
 
 def _judged_page(judged: Sequence[Line]) -> Page:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -515,25 +516,29 @@ def _browser(policies: dict[str, list[Line]], text: str) -> list[Block]:
 
 def completions_of(policies: dict[str, list[Line]], most: int, text: str = "") -> Completions | None:
     """The browser over the first completion of each prompt: the first `most` prompts in the order of the data set."""
-    by_row: dict[str, dict[Any, Line]] = {}
-    prompts: dict[Any, str] = {}
+    by_prompt: dict[str, dict[tuple[Any, str], Line]] = {}
+    prompts: dict[tuple[Any, str], str] = {}
     for name, lines in policies.items():
         for line in lines:
-            by_row.setdefault(name, {}).setdefault(line.get("row"), line)
-            prompts.setdefault(line.get("row"), prompt_text(line.get("prompt", "")))
-    rows = sorted(prompts, key=lambda row: (row is None, row))
+            prompt = line.get("prompt", "")
+            key = (line.get("row"), json.dumps(prompt, sort_keys=True))  # a row of another data set is another prompt
+            by_prompt.setdefault(name, {}).setdefault(key, line)
+            prompts.setdefault(key, prompt_text(prompt))
+    keys = sorted(prompts, key=lambda key: (key[0] is None, *key))
     if len(policies) > 1:  # what only one policy has answered cannot be compared
-        rows = [row for row in rows if sum(row in answers for answers in by_row.values()) > 1]
-    if not rows:
+        keys = [key for key in keys if sum(key in answers for answers in by_prompt.values()) > 1]
+    if not keys:
         return None
-    shown = rows[:most]
+    shown = keys[:most]
     if not text:
-        which = f"each of the {len(rows)}" if len(shown) == len(rows) else f"the first {len(shown)} of {len(rows)}"
+        which = f"each of the {len(keys)}" if len(shown) == len(keys) else f"the first {len(shown)} of {len(keys)}"
         text = f"The first completion of {which} held-out prompts, in the order of the data set: nobody picked them."
     return Completions(
-        prompts=[prompts[row] for row in shown],
+        prompts=[prompts[key] for key in shown],
         policies=[
-            Policy(name, [_completion(by_row[name].get(row)) for row in shown]) for name in policies if name in by_row
+            Policy(name, [_completion(answers.get(key)) for key in shown])
+            for name, answers in by_prompt.items()
+            if any(key in answers for key in shown)
         ],
         text=text,
     )

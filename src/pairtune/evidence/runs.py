@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from pairtune.config import METHODS
 from pairtune.errors import PairtuneError
+from pairtune.evidence.grid import DECIDED
 from pairtune.runs import folder
 from pairtune.runs.metrics import read_jsonl
 
@@ -48,12 +49,13 @@ JUDGED = "judge.json"
 
 ALIKE = frozenset(
     {
-        *("seed", "output_dir", "resume", "overwrite", "max_minutes", "save_steps", "keep_last", "report_to"),
+        *(*DECIDED, "max_minutes", "save_steps", "keep_last", "report_to"),
         *("num_completions_to_log", "num_threads", "micro_batch_size", "reward_batch_size", "gradient_checkpointing"),
         *("eval_steps", "num_eval_prompts", "eval_generations"),
     }
 )
-"""Words that may differ between the runs of one arm: they change what is kept or measured, not what is learned."""
+"""Words that may differ between the runs of one arm: they change what is kept or measured, not what is learned. Where a
+grid varies one of them all the same, its values are arms of their own."""
 
 CONSEQUENCES = ("max_steps", "batch_size", "minibatch_size")
 """What equal budgets make of another setting. Such a word stands in an arm's name only where nothing else tells it
@@ -120,7 +122,7 @@ def read_run(path: str | Path) -> Run:
     """The run in a folder. Raises PairtuneError where there is none or a file of it is damaged."""
     path = Path(path)
     if not path.is_dir():
-        raise PairtuneError(f"there is no run folder {path}")
+        raise PairtuneError(f"there is no run folder {path}; name the output_dir of a run or of a comparison")
     if not any((path / name).is_file() for name in (folder.CONFIG, folder.METRICS, folder.EVALUATIONS, CELL)):
         raise PairtuneError(f"{path} is no run folder: it has no {folder.CONFIG} and no {folder.METRICS}")
     return Run(
@@ -205,14 +207,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def group_arms(runs: Sequence[Run]) -> list[Arm]:
     """Runs that are alike but for their seed, and for words that do not change what is learned, are one arm.
 
+    A word that a cell's recorded settings name tells arms apart, whatever it changes: somebody asked what it does.
     Sections of methods that a run does not select do not count. Cells that are not done are left out. Raises
     PairtuneError where two runs of an arm have one seed: counted twice, it would make intervals too narrow.
     """
     groups: dict[str, list[Run]] = {}
     relevant: dict[str, dict[str, Any]] = {}
+    asked = {word for run in runs if run.finished for word in (run.cell or {}).get("settings") or {}}
+    alike = ALIKE - (asked - set(DECIDED))
     for run in runs:
         if run.finished:
-            words = _relevant(run.config)
+            words = _relevant(run.config, alike)
             key = json.dumps([method_of(run), words], sort_keys=True, default=str)
             groups.setdefault(key, []).append(run)
             relevant[key] = words
@@ -250,11 +255,11 @@ def method_name(config: dict[str, Any]) -> str:
     return f"{algorithm} clipped" if section.get("clip") is True else algorithm
 
 
-def _relevant(config: dict[str, Any]) -> dict[str, Any]:
-    """Dotted key -> value of all words that change what is learned."""
+def _relevant(config: dict[str, Any], alike: Collection[str]) -> dict[str, Any]:
+    """Dotted key -> value of all words but those that may differ within an arm."""
     flat = folder.flatten(config)
     others = METHODS.keys() - {config.get("algorithm")}
-    return {key: value for key, value in flat.items() if key not in ALIKE and key.partition(".")[0] not in others}
+    return {key: value for key, value in flat.items() if key not in alike and key.partition(".")[0] not in others}
 
 
 def _differing(configs: Sequence[dict[str, Any]]) -> list[str]:
@@ -311,12 +316,17 @@ def shared_prompts(arms: Sequence[Arm]) -> list[Prompt]:
 
 
 def evaluated(arm: Arm, prompts: Sequence[Prompt] | None = None) -> Evaluated:
-    """What an arm's evaluations measured: the steps that all its seeds have, the prompts that all its evaluations have.
+    """What an arm's evaluations measured on the prompts that all of them have: at the steps that all its seeds have and
+    none ends with, then at each seed's own last evaluation.
+
+    With a budget of tokens seeds end at different steps; their ends stand side by side all the same, at the largest of
+    these steps, so that the last place is where training ended and nothing else.
 
     Where exact.jsonl knows the truth it stands in for what was sampled: one prompt, the mean over all of them. Give
     the `shared_prompts` of several arms to pair them by prompt, as sampled. A prompt's values are the means over its
-    completions; a completion without a reward does not count in the mean reward. Raises PairtuneError where nothing is
-    shared, or where samples.jsonl has no KL (an older version wrote it).
+    completions; a completion without a reward does not count in the mean reward. Of a run whose last evaluation has no
+    reward at all the rewards are NaN where there is none. Raises PairtuneError where nothing is shared, or where
+    samples.jsonl has no KL (an older version wrote it).
     """
     import torch
 
@@ -325,18 +335,33 @@ def evaluated(arm: Arm, prompts: Sequence[Prompt] | None = None) -> Evaluated:
     if prompts is None and is_exact([arm]):
         return _exact_evaluated(arm)
     tables = [_by_prompt(run) for run in arm.runs]
-    steps = sorted(set.intersection(*({step for step, _ in table} for table in tables))) if tables else []
+    courses = _courses([{step for step, _ in table} for table in tables])
     if prompts is None:
         prompts = _shared(tables)
-    if not steps or not prompts:
-        what = "evaluation step" if not steps else "held-out prompt"
+    if not courses or not prompts:
+        what = "evaluation step" if not courses else "held-out prompt"
         folders = ", ".join(str(run.folder) for run in arm.runs)
         raise PairtuneError(f"the runs of {arm.name} ({folders}) share no {what}; leave out those that differ")
     values = torch.tensor(
-        [[[table[step, prompt] for prompt in prompts] for step in steps] for table in tables], dtype=torch.float64
+        [
+            [[table[step, prompt] for prompt in prompts] for step in course]
+            for table, course in zip(tables, courses, strict=True)
+        ],
+        dtype=torch.float64,
     )
+    steps = torch.tensor(courses).amax(0)
     reward, kl, kl_k1, length, truncated = values.unbind(-1)
-    return Evaluated(steps=torch.tensor(steps), kl=kl, kl_k1=kl_k1, reward=reward, length=length, truncated=truncated)
+    return Evaluated(steps=steps, kl=kl, kl_k1=kl_k1, reward=reward, length=length, truncated=truncated)
+
+
+def _courses(evaluated: Sequence[set[int]]) -> list[list[int]]:
+    """For each seed the steps of its evaluations that stand beside those of the others: the ones that all have and that
+    are nobody's last, then its last. Empty where a seed has none."""
+    if not all(evaluated):
+        return []
+    ends = [max(steps) for steps in evaluated]
+    between = sorted(set.intersection(*evaluated) - set(ends))
+    return [[*between, end] for end in ends]
 
 
 def evaluated_together(arms: Sequence[Arm]) -> list[Evaluated]:
@@ -356,13 +381,18 @@ def _exact_evaluated(arm: Arm) -> Evaluated:
     from pairtune.evidence.frontier import Evaluated
 
     tables = [{line["step"]: line for line in run.exact} for run in arm.runs]
-    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    courses = _courses([set(table) for table in tables])
     names = ("kl", "reward", "length", "truncated")
     values = torch.tensor(
-        [[[table[step][name] for name in names] for step in steps] for table in tables], dtype=torch.float64
+        [
+            [[math.nan if table[step][name] is None else table[step][name] for name in names] for step in course]
+            for table, course in zip(tables, courses, strict=True)
+        ],
+        dtype=torch.float64,
     )
+    steps = torch.tensor(courses).amax(0)
     kl, reward, length, truncated = values[..., None].unbind(-2)
-    return Evaluated(steps=torch.tensor(steps), kl=kl, kl_k1=kl, reward=reward, length=length, truncated=truncated)
+    return Evaluated(steps=steps, kl=kl, kl_k1=kl, reward=reward, length=length, truncated=truncated)
 
 
 def _shared(tables: Sequence[dict[tuple[int, Prompt], tuple[float, ...]]]) -> list[Prompt]:
@@ -376,12 +406,18 @@ def _shared(tables: Sequence[dict[tuple[int, Prompt], tuple[float, ...]]]) -> li
 
 
 def _by_prompt(run: Run) -> dict[tuple[int, Prompt], tuple[float, ...]]:
-    """(step, prompt) -> mean reward, KL, KL by k1, length and share cut over the prompt's completions."""
+    """(step, prompt) -> mean reward, KL, KL by k1, length and share cut over the prompt's completions.
+
+    Prompts without a reward are left out, unless no prompt of the last evaluation has one: then they stand with NaN,
+    so that an end without rewards is seen as that and an earlier evaluation is not taken for it.
+    """
     found: dict[tuple[int, Prompt], list[Line]] = {}
     for line in run.samples:
         if line.get("split") == "eval":
             prompt = (line["row"], json.dumps(line["prompt"], ensure_ascii=False, sort_keys=True))
             found.setdefault((line["step"], prompt), []).append(line)
+    end = max((step for step, _ in found), default=None)
+    is_rewarded = any(line["reward"] is not None for key, lines in found.items() if key[0] == end for line in lines)
     table = {}
     for key, lines in found.items():
         if any(line.get("kl") is None or "completion_ids" not in line for line in lines):
@@ -389,9 +425,9 @@ def _by_prompt(run: Run) -> dict[tuple[int, Prompt], tuple[float, ...]]:
                 f"{run.folder / folder.SAMPLES} has no KL of each completion (an older version wrote it); run it again"
             )
         rewards = [line["reward"] for line in lines if line["reward"] is not None]
-        if rewards:
+        if rewards or not is_rewarded:
             table[key] = (
-                math.fsum(rewards) / len(rewards),
+                math.fsum(rewards) / len(rewards) if rewards else math.nan,
                 *(math.fsum(line[name] for line in lines) / len(lines) for name in ("kl", "kl_k1")),
                 sum(len(line["completion_ids"]) for line in lines) / len(lines),
                 sum(line["truncated"] for line in lines) / len(lines),

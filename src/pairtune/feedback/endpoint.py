@@ -59,7 +59,14 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     refusal: str | None = None
-    """Why the endpoint will not answer this question, while it answers others; the text is then empty."""
+    """Why the endpoint will not answer this question, while it answers others; the text is then empty. A status other
+    than 200 stands first, the model's own words stand in quotation marks."""
+
+    @property
+    def lasts(self) -> bool:
+        """Whether asking again tomorrow would bring the same: not where a status refused, since a setting, a limit or
+        the server may be mended."""
+        return self.refusal is None or not self.refusal[:1].isdigit()
 
 
 @dataclass
@@ -79,7 +86,8 @@ class ChatEndpoint:
     Several threads ask at a time. A request is sent again after a time-out, 408, 409, 425, 429, 5xx and an answer that
     is no chat completion, with pauses that double and vary, so that many clients do not come back at once; where the
     server says Retry-After, for as long as that, and then all threads wait. Every answer is on disk before it is
-    given, so that a killed run goes on where it stopped.
+    given, so that a killed run goes on where it stopped; a question that a status such as 400 refused has none in this
+    run, and the next asks it again.
     """
 
     def __init__(self, config: JudgeWords) -> None:
@@ -105,13 +113,15 @@ class ChatEndpoint:
         """
         keys = [self._identity(question) for question in questions]
         counts = Counter(keys)
-        known = {key: Answer(**answer) for key, answer in self._kept.read(list(counts)).items()}
+        stored = {key: Answer(**answer) for key, answer in self._kept.read(list(counts)).items()}
+        known = {key: one for key, one in stored.items() if one.lasts}  # earlier versions kept every refusal
         num_known = sum(counts[key] for key in known)
         self.usage.from_cache += num_known
         advance(num_known)
 
         def keep(key: str, found: Answer) -> None:
-            self._kept.write({key: asdict(found)})
+            if found.lasts:
+                self._kept.write({key: asdict(found)})
             known[key] = found
             with self._lock:  # threads that count at once would lose counts
                 advance(counts[key])
@@ -262,7 +272,7 @@ class ChatEndpoint:
                 f"{self.url} is not there, or knows no model {self.config.model!r} ({said}); check judge.base_url and "
                 "judge.model."
             )
-        if b"insufficient_quota" in content:
+        if status == 402 or b"insufficient_quota" in content:  # in mid-run too: every further question would meet it
             raise PairtuneError(f"the quota of the key at {self.url} is used up ({said}); top it up and go on.")
         if status in TRANSIENT or status >= 500:
             seconds = _retry_after(headers.get("Retry-After"))

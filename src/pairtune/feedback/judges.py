@@ -31,6 +31,7 @@ from pairtune.models.loading import choose_device, choose_dtype, eos_ids, load_c
 from pairtune.models.logprobs import Scorer, can_share_prefix
 from pairtune.models.sampler import HFSampler, SamplingParams
 from pairtune.models.weights import resolve_model
+from pairtune.runs import distributed
 from pairtune.runs.display import progress
 from pairtune.types import Completions, Prompt, Prompts
 
@@ -64,6 +65,16 @@ class Pair:
         """A hash of prompt, completions and their order, 64 hexadecimal digits."""
         content = json.dumps([self.prompt, self.first, self.second, self.truncated])
         return hashlib.sha256(content.encode()).hexdigest()
+
+    @cached_property
+    def columns_digest(self) -> str:
+        """A hash of the columns, for judges that see them; "" without any. Not a part of `digest`, by which answers of
+        those that see none are kept and drawn."""
+        columns = [
+            (name, value.tolist() if hasattr(value, "tolist") else value) for name, value in self.columns.items()
+        ]
+        # repr, since Python data may hold what JSON cannot say.
+        return hashlib.sha256(repr(sorted(columns)).encode("utf-8", "backslashreplace")).hexdigest() if columns else ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,8 @@ class Judge(Protocol):
     """Whoever compares two completions."""
 
     name: str
+    sees_columns: bool
+    """Whether two pairs of the same texts and other columns are two questions."""
 
     def check(self, example: Pair) -> None:
         """Raises PairtuneError, before minutes are spent, where the judge cannot be asked about pairs like this one."""
@@ -132,14 +145,20 @@ def judge_pairs(judge: Judge, pairs: Sequence[Pair]) -> list[Judgement]:
     The questions are put in an order of their own, so that the pairs swapped, or in another order, get the very same
     verdicts. Raises PairtuneError where the judge cannot go on.
     """
+
+    def question(pair: Pair) -> str:
+        return pair.digest + (pair.columns_digest if judge.sees_columns else "")
+
     asked: dict[str, Pair] = {}
     for pair in pairs:
         if pair.first != pair.second:
-            asked |= {one.digest: one for one in (pair, pair.swapped())}
+            asked |= {question(one): one for one in (pair, pair.swapped())}
     order = sorted(asked)
     with progress("judging", len(order)) as advance:
-        said = dict(zip(order, judge.verdicts([asked[digest] for digest in order], advance), strict=True))
-    return [Judgement(said.get(pair.digest, IDENTICAL), said.get(pair.swapped().digest, IDENTICAL)) for pair in pairs]
+        said = dict(zip(order, judge.verdicts([asked[key] for key in order], advance), strict=True))
+    return [
+        Judgement(said.get(question(pair), IDENTICAL), said.get(question(pair.swapped()), IDENTICAL)) for pair in pairs
+    ]
 
 
 def load_judge(config: TrainConfig | JudgeConfig) -> Judge:
@@ -151,6 +170,8 @@ def load_judge(config: TrainConfig | JudgeConfig) -> Judge:
     name = words.model
     assert name is not None  # the configuration is refused without
     if words.base_url is not None:
+        if isinstance(config, TrainConfig):
+            words = _share(words)
         return EndpointJudge(ChatEndpoint(words), load_form(words.template))
     if ".py" in name or (re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) and not Path(name).is_dir()):
         function = load_reward_function(name)
@@ -182,6 +203,13 @@ def load_judge(config: TrainConfig | JudgeConfig) -> Judge:
     # Training never asks the same twice: its completions are new at every step.
     kept = KeptAnswers(words.cache) if isinstance(config, JudgeConfig) else None
     return ModelJudge(model, tokenizer, words, form, name=Path(name).name, kept=kept, identity=_identity(path, model))
+
+
+def _share(words: JudgeWords) -> JudgeWords:
+    """The limits a minute of one process: all that train together ask the same endpoint with the same key."""
+    limits = {name: getattr(words, name) for name in ("requests_per_minute", "tokens_per_minute")}
+    num_processes = distributed.world_size()
+    return words.model_copy(update={name: limit / num_processes for name, limit in limits.items() if limit is not None})
 
 
 def _identity(path: str, model: Any) -> list[Any] | None:
@@ -345,6 +373,8 @@ def _as_text(prompt: Prompt) -> str:
 class EndpointJudge:
     """A chat model behind an OpenAI-compatible endpoint, which writes its verdict."""
 
+    sees_columns = False
+
     def __init__(self, endpoint: ChatEndpoint, form: Form) -> None:
         self.endpoint, self.form = endpoint, form
         self.name = str(endpoint.config.model)
@@ -372,6 +402,8 @@ class ModelJudge:
     probabilities of A and of B to stand there are compared: no token is drawn, and the verdict has a strength. Asked
     for text, it writes its answer, with random numbers that depend on the question alone.
     """
+
+    sees_columns = False
 
     def __init__(
         self,
@@ -516,6 +548,7 @@ class RewardJudge:
     def __init__(self, source: RewardModel | Callable[..., Any]) -> None:
         self.rewards = RewardSet([source])
         self.source, self.name = source, next(iter(self.rewards.functions))
+        self.sees_columns = not isinstance(source, RewardModel)
 
     def check(self, example: Pair) -> None:
         """Raises PairtuneError if a reward cannot be given: for want of a column, of a chat template, of token ids."""
@@ -530,7 +563,7 @@ class RewardJudge:
 
     def verdicts(self, pairs: Sequence[Pair], advance: Advance) -> list[Verdict]:
         # Each completion once: two scores of one text could differ in their last bits.
-        single = {key: (pair, text, cut) for pair in pairs for key, text, cut in _completions_of(pair)}
+        single = {key: (pair, text, cut) for pair in pairs for key, text, cut in self._completions(pair)}
         order = sorted(single, key=lambda key: (len(single[key][1]), key))
         rewards: dict[str, float | None] = {}
         for start in range(0, len(order), COMPLETIONS_AT_ONCE):
@@ -543,7 +576,15 @@ class RewardJudge:
             ):
                 rewards[key] = reward if counts else None
             advance(len(pairs) * len(keys) / len(order))
-        return [self._verdict(*(rewards[key] for key, _, _ in _completions_of(pair))) for pair in pairs]
+        return [self._verdict(*(rewards[key] for key, _, _ in self._completions(pair))) for pair in pairs]
+
+    def _completions(self, pair: Pair) -> list[tuple[str, str, bool]]:
+        """(key, text, truncated) of both completions; the key says all that a reward depends on."""
+        columns = [pair.columns_digest] if self.sees_columns else []
+        return [
+            (json.dumps([pair.prompt, text, cut, *columns]), text, cut)
+            for text, cut in zip((pair.first, pair.second), pair.truncated, strict=True)
+        ]
 
     def _verdict(self, first: float | None, second: float | None) -> Verdict:
         if first is None or second is None:
@@ -553,6 +594,8 @@ class RewardJudge:
 
 class PreferenceJudge:
     """A preference function: f(prompts, first, second, **columns) -> the probability that the first is better."""
+
+    sees_columns = True
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -641,14 +684,6 @@ def _shared_length(a: list[int], b: list[int]) -> int:
     """How many ids two sequences begin with alike, one being left to each."""
     limit = min(len(a), len(b)) - 1
     return next((place for place in range(limit) if a[place] != b[place]), limit)
-
-
-def _completions_of(pair: Pair) -> list[tuple[str, str, bool]]:
-    """(key, text, truncated) of both completions; the key says prompt, text and truncation."""
-    return [
-        (json.dumps([pair.prompt, text, cut]), text, cut)
-        for text, cut in zip((pair.first, pair.second), pair.truncated, strict=True)
-    ]
 
 
 def _dataset(pairs: Sequence[Pair]) -> PromptDataset:

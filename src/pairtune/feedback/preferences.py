@@ -16,7 +16,7 @@ import torch
 
 from pairtune.data import PromptDataset, first_line, shortened
 from pairtune.errors import PairtuneError
-from pairtune.feedback.rewards import Scores, call_function, load_reward_function
+from pairtune.feedback.rewards import Scores, call_function, line_of, load_reward_function
 from pairtune.maths.masking import pair_indices
 from pairtune.maths.preference import preference_rewards
 from pairtune.types import Completions, Prompts
@@ -115,11 +115,11 @@ def preference_answers(function: PreferenceFunction, name: str, arguments: dict[
     try:
         answer = call_function(function, arguments)
         answer = answer.result() if isinstance(answer, Future) else answer
-    except PairtuneError:
+    except (PairtuneError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise PairtuneError(
-            f"preference function `{name}` raised {type(error).__name__} ({first_line(error)}) "
+            f"preference function `{name}` raised {type(error).__name__} ({first_line(error)}){line_of(error)} "
             f"on {len(first)} pairs, the first completion being {shortened(first[0])}."
         ) from error
     values = answer.tolist() if hasattr(answer, "tolist") else answer

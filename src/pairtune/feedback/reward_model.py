@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from pairtune.completion_data import UNCUT, answer_end, encode_completions
 from pairtune.data import Chat, RawPrompts, first_line
@@ -100,6 +101,9 @@ class RewardModel:
                 f"reward model {name_or_path!r} has no weights for {', '.join(missing)}: it was not trained as a "
                 "sequence classifier, and its scores would be random."
             )
+        if isinstance(getattr(model, "score", None), nn.Linear):
+            # The last product in float32, as in training: bfloat16 has steps of 0.03 at a reward of 4.
+            model.score.float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         name = os.path.basename(os.path.normpath(name_or_path))
         return cls(model.to(device), tokenizer, **{"name": name, **settings})
 

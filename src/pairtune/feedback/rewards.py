@@ -22,7 +22,9 @@ import math
 import os
 import re
 import sys
+import sysconfig
 import threading
+import traceback
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -42,6 +44,7 @@ from pairtune.feedback.reward_model import RewardModel
 from pairtune.maths.masking import masked_mean, masked_sum
 from pairtune.models.weights import resolve_model
 from pairtune.runs import distributed
+from pairtune.runs.display import counted
 from pairtune.types import Completions, Prompts, real_ids
 
 if TYPE_CHECKING:
@@ -339,13 +342,21 @@ def _blamed(name: str, texts: list[str]) -> Iterator[None]:
     """What a function raises becomes one sentence, with the original behind it."""
     try:
         yield
-    except PairtuneError:
+    except (PairtuneError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise PairtuneError(
-            f"reward function `{name}` raised {type(error).__name__} ({first_line(error)}) "
-            f"on {len(texts)} completions, the first being {shortened(texts[0])}."
+            f"reward function `{name}` raised {type(error).__name__} ({first_line(error)}){line_of(error)} "
+            f"on {counted(len(texts), 'completion')}, the first being {shortened(texts[0])}."
         ) from error
+
+
+def line_of(error: BaseException) -> str:
+    """` at rewards.py:8`, the last line of a user's own code that an error came through; empty if there is none."""
+    others = (str(Path(__file__).parents[1]), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not frame.filename.startswith((*others, "<"))]
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
 
 
 class _Log:
@@ -505,7 +516,9 @@ def _import_module(module_name: str, name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise PairtuneError(f"reward function: there is no file {str(path)!r} in {os.getcwd()}.")
+        near = get_close_matches(path.name, [file.name for file in path.parent.glob("*.py")], n=1)
+        mend = f"; did you mean {str(path.with_name(near[0]))!r}?" if near else "."
+        raise PairtuneError(f"reward function: there is no file {str(path)!r} in {os.getcwd()}{mend}")
     if str(path.resolve().parent) not in sys.path:
         sys.path.append(str(path.resolve().parent))  # a file may import its neighbours
     spec = importlib.util.spec_from_file_location(f"pairtune_rewards_{path.stem}", path)
@@ -516,7 +529,8 @@ def _import_file(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise PairtuneError(f"running {str(path)!r} failed: {type(error).__name__}: {first_line(error)}") from error
+        failed = f"running {str(path)!r} failed{line_of(error)}: {type(error).__name__}: {first_line(error)}"
+        raise PairtuneError(failed) from error
     return module
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from pairtune.errors import PairtuneError
 from pairtune.models.logprobs import (
@@ -31,9 +32,11 @@ from pairtune.models.logprobs import (
     check_head,
     decoder_layers,
     frozen_top,
+    probe_ids,
 )
 from pairtune.models.values import ValueFunction, ValueHead, ValueNetwork
 from pairtune.models.weights import resolve_model
+from pairtune.runs import distributed
 
 
 class MasterWeights:
@@ -63,6 +66,15 @@ class MasterWeights:
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if master is not parameter:
                 parameter.copy_(master)
+
+    def copy_from_main(self) -> None:
+        """Start from the main process's masters on every process.
+
+        From then on all make the same moves. What was computed for each on its own (a fitted or a random head, an
+        adapter, a model passed in) may differ in the last bits, and the processes would train different models.
+        """
+        distributed.copy_from_main(self.masters)
+        self.publish()
 
     @torch.no_grad()
     def load(self, masters: dict[str, Tensor]) -> None:
@@ -133,33 +145,59 @@ class LoadedPolicy:
         return scores
 
 
+DEVICES = "auto, cpu, cuda or cuda:N"
+"""Where pairtune computes. Sampling needs float64, which mps lacks; precision and process group are chosen for CUDA."""
+
+
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
+    """`auto` is CUDA where there is one, else the CPU. Of several processes each has one GPU, whichever is named.
+
+    Raises PairtuneError for a device that pairtune cannot compute on, or that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise PairtuneError(f"device: {name!r} is no device that torch knows; use auto, cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+        raise PairtuneError(f"device: {name!r} is no device that torch knows; use {DEVICES}.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise PairtuneError(f"device: pairtune cannot compute on {name!r}; use {DEVICES}.")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise PairtuneError(f"device: {name!r} was asked for, but torch sees no GPU; use device: cpu or auto.")
+    if distributed.world_size() > 1:
+        # The one that `distributed.init_from_env` has made current: else the reward models and judges of all
+        # processes would crowd on the GPU that is named.
+        return torch.device("cuda", torch.cuda.current_device())
+    count = torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        there = "the only GPU is cuda:0" if count == 1 else f"the GPUs are cuda:0 to cuda:{count - 1}"
+        raise PairtuneError(f"device: {name!r} was asked for, but {there}; use one that is there, or auto.")
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The compute precision and one sentence on why. `auto` on a CPU is decided by timing one matrix product in
-    both."""
+    both. Of several processes the main one decides: each measuring for itself, they could compute different models."""
     if name != "auto":
         return getattr(torch, name), f"computing in {name}, as asked"
+    decided = _choose_dtype(device) if distributed.is_main() else None
+    chosen, why = distributed.gather_objects(decided)[0]
+    return getattr(torch, chosen), why
+
+
+def _choose_dtype(device: torch.device) -> tuple[str, str]:
+    """What `auto` means on this machine, and why."""
     if device.type == "cuda":
         chosen = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-        return getattr(torch, chosen), f"computing in {chosen} on the GPU"
+        return chosen, f"computing in {chosen} on the GPU"
     rates = {dtype: _matmul_rate(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    chosen_dtype = torch.bfloat16 if rates[torch.bfloat16] > 1.5 * rates[torch.float32] else torch.float32
+    chosen = "bfloat16" if rates[torch.bfloat16] > 1.5 * rates[torch.float32] else "float32"
     measured = ", ".join(
         f"{str(dtype).removeprefix('torch.')} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items()
     )
-    return chosen_dtype, f"computing in {str(chosen_dtype).removeprefix('torch.')} on the CPU (measured: {measured})"
+    return chosen, f"computing in {chosen} on the CPU (measured: {measured})"
 
 
 def _matmul_rate(dtype: torch.dtype, size: tuple[int, int, int] = (256, 1024, 512)) -> float:
@@ -209,9 +247,13 @@ def load_causal_lm(
     attn_implementation: str = "sdpa",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    merge: bool = False,
 ) -> Any:
-    """A causal language model in the compute precision, without dropout. A folder with a LoRA adapter is merged into
-    its base."""
+    """A causal language model in the compute precision, without dropout.
+
+    Of a folder with a LoRA adapter comes its base with the adapter. In float32 it is merged; in a coarser precision,
+    where the sum would round small changes away, it stays beside its base unless `merge` asks for plain weights.
+    """
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
@@ -219,7 +261,14 @@ def load_causal_lm(
         if os.path.isfile(os.path.join(path, "adapter_config.json")):
             from peft import AutoPeftModelForCausalLM
 
-            model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload()
+            model = AutoPeftModelForCausalLM.from_pretrained(
+                path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            )
+            if merge or dtype == torch.float32:
+                model = model.merge_and_unload()
+            # peft loads adapters in float32; in training they act in the precision of their base.
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
         else:
             model = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -317,12 +366,14 @@ def load_policy(
             attn_implementation=attn_implementation,
             revision=revision,
             trust_remote_code=trust_remote_code,
+            merge=True,
         )
     else:
         if tokenizer is None:
             raise PairtuneError("model: a model passed in memory needs its tokenizer too; pass tokenizer=....")
         tokenizer = with_pad_token(tokenizer)
         model = disable_dropout(name).to(torch_device).eval()
+        distributed.copy_from_main(model.parameters())  # before the reference is copied from it
         torch_dtype = next(model.parameters()).dtype
     refuse_other_heads(model)
     value: ValueFunction | None = None
@@ -456,20 +507,53 @@ def frozen_copy(model: Any) -> Any:
     """A copy that nobody trains, for the reference.
 
     A float32 copy whose weights are bfloat16 values (most checkpoints are) is kept in bfloat16, and each module's
-    weights are widened only while it runs: half the memory, and the same arithmetic to the last bit.
+    weights are widened only while it runs: half the memory, and the same arithmetic to the last bit. Where a model's
+    code does not allow that, as a probe shows, the copy stays in float32.
     """
     twin = copy.deepcopy(model).requires_grad_(False)
-    parameters = list(twin.parameters())
-    if all(p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float()) for p in parameters):
-        for parameter in parameters:
-            parameter.data = parameter.data.bfloat16()
-        for module in twin.modules():
-            if isinstance(module, nn.Embedding):
-                module.register_forward_hook(lambda _, __, looked_up: looked_up.float())
-            elif any(True for _ in module.parameters(recurse=False)):
-                module.register_forward_pre_hook(_widen)
-                module.register_forward_hook(_narrow)
+    if all(p.dtype == torch.float32 and torch.equal(p, p.bfloat16().float()) for p in twin.parameters()):
+        hooks = _store_in_bfloat16(twin)
+        if not _same_states(twin, model):
+            for hook in hooks:
+                hook.remove()
+            for parameter in twin.parameters():
+                parameter.data = parameter.data.float()
     return twin
+
+
+def _store_in_bfloat16(model: Any) -> list[RemovableHandle]:
+    """The weights in bfloat16, and hooks (returned) that widen them while they are used.
+
+    An embedding that does more than look up (Gemma's are scaled) stays as it is, and so does a head tied to it.
+    """
+    lookups = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    wide = {id(module.weight) for module in lookups if type(module) is not nn.Embedding}
+    for parameter in model.parameters():
+        if id(parameter) not in wide:
+            parameter.data = parameter.data.bfloat16()
+    hooks: list[RemovableHandle] = []
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(id(parameter) in wide for parameter in own):
+            continue
+        if isinstance(module, nn.Embedding):
+            hooks.append(module.register_forward_hook(lambda _, __, looked_up: looked_up.float()))
+        elif own:
+            hooks += [module.register_forward_pre_hook(_widen), module.register_forward_hook(_narrow)]
+    return hooks
+
+
+@torch.no_grad()
+def _same_states(one: Any, other: Any) -> bool:
+    """Whether two models agree in their last hidden states to the last bit; False where one of them cannot run."""
+    ids = probe_ids(body(other), (1, 6))
+    try:
+        first, second = (body(model)(input_ids=ids, use_cache=False).last_hidden_state for model in (one, other))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # two precisions met in one product
+        return False
+    return torch.equal(first, second)
 
 
 def _widen(module: nn.Module, _: Any) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -463,10 +463,13 @@ def divergence(
     targets = layout.targets[layout.mask]
     columns: list[list[Tensor]] = [[], [], [], []]
     for rows in _chunks(len(targets), chunk_tokens(head[0].shape[0], hidden.device)):
-        logits = _chunk_logits(hidden[rows], *head, temperature)
-        law = truncate_logits(logits, top_p=top_p, top_k=top_k).log_softmax(-1)
+        logits, picked = _chunk_logits(hidden[rows], *head, temperature), targets[rows, None]
+        kept = truncate_logits(logits, top_p=top_p, top_k=top_k)
+        if kept is not logits:
+            # The sampler rounds otherwise: a token at the edge that it drew belongs to the law all the same.
+            kept = kept.scatter(1, picked, logits.gather(1, picked))
+        law = kept.log_softmax(-1)
         ref = _chunk_logits(ref_hidden[rows], *ref_head, temperature).log_softmax(-1)
-        picked = targets[rows, None]
         parts = (law.gather(1, picked)[:, 0], ref.gather(1, picked)[:, 0], rao_blackwellised_kl(law, ref), entropy(law))
         for column, part in zip(columns, parts, strict=True):
             column.append(part)
@@ -498,6 +501,10 @@ def split_body(decoder: Any, num_top_layers: int) -> tuple[Any, Any]:
     layers = list(decoder.layers)
     trunk = _shallow_copy(decoder, layers=nn.ModuleList(layers[:-num_top_layers]), norm=nn.Identity())
     top = _shallow_copy(decoder, layers=nn.ModuleList(layers[-num_top_layers:]))
+    if kinds := getattr(decoder.config, "layer_types", None):
+        # A decoder asks its configuration which attention mask its i-th layer takes, and the top counts from 0.
+        top.config = copy.copy(decoder.config)
+        top.config.num_hidden_layers, top.config.layer_types = num_top_layers, list(kinds[-num_top_layers:])
     return trunk, top
 
 
@@ -524,11 +531,26 @@ def can_split(model: Any, num_top_layers: int) -> bool:
     decoder = body(model)
     if not hasattr(decoder, "layers") or not hasattr(decoder, "norm") or num_top_layers >= len(decoder.layers):
         return False
-    trunk, top = split_body(decoder, num_top_layers)
     ids = probe_ids(decoder, (2, 6))
-    between = trunk(input_ids=ids, use_cache=False).last_hidden_state
-    whole = decoder(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.equal(top(inputs_embeds=between, use_cache=False).last_hidden_state, whole)
+    with _narrow_windows(decoder.config):
+        trunk, top = split_body(decoder, num_top_layers)
+        between = trunk(input_ids=ids, use_cache=False).last_hidden_state
+        whole = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return torch.equal(top(inputs_embeds=between, use_cache=False).last_hidden_state, whole)
+
+
+@contextmanager
+def _narrow_windows(config: Any) -> Iterator[None]:
+    """Windows of attention so small that a probe of a few tokens sees them."""
+    windows = {name: getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")}
+    windows = {name: size for name, size in windows.items() if size}
+    try:
+        for name in windows:
+            setattr(config, name, 3)
+        yield
+    finally:
+        for name, size in windows.items():
+            setattr(config, name, size)
 
 
 @torch.no_grad()
@@ -563,6 +585,8 @@ def can_share_prefix(model: Any) -> bool:
         layout = make_layout(sampled, shared=shared)
         try:
             hidden = run_decoder(decoder, layout, {"input_ids": layout.input_ids})
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, ValueError, RuntimeError, IndexError):
             if shared:  # the architecture takes no mask of four dimensions
                 return None

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -93,6 +94,10 @@ class RewardBackbone:
     def save(self, path: str | Path) -> None:
         """Write a folder that `AutoModelForSequenceClassification` and `AutoTokenizer` load; adapters are merged."""
         self.model.save_pretrained(path, state_dict=merged_state(self.model))
+        if _has_adapters(self.model):
+            config = Path(path, "config.json")
+            content = json.loads(config.read_text("utf-8"))
+            config.write_text(json.dumps(content | {"dtype": "float32"}, indent=2) + "\n", "utf-8")
         self.tokenizer.save_pretrained(path)
 
     @property
@@ -198,7 +203,7 @@ def load_reward_backbone(
             source = _load_classifier(name, settings).to(torch_device)
             notes.append("the model is a reward model already: training goes on from its head")
         else:
-            source = load_causal_lm(name, device=torch_device, **settings)
+            source = load_causal_lm(name, device=torch_device, merge=True, **settings)
     else:
         if tokenizer is None:
             raise PairtuneError("model: a model passed in memory needs its tokenizer too; pass tokenizer=....")
@@ -355,18 +360,31 @@ def _add_adapters(decoder: Any, rank: int, alpha: int, target_modules: str | lis
 def merged_state(model: Any) -> dict[str, Tensor]:
     """The weights of `model` by the names that they have without adapters, each adapter added to what it adapts.
 
-    A copy: merging in place and back would not leave the weights as they were, to the last bit.
+    A copy: merging in place and back would not leave the weights as they were, to the last bit. With adapters it is in
+    float32, for in bfloat16 the sum would round small changes away.
     """
+    if not _has_adapters(model):
+        return dict(model.state_dict())
+    state = {
+        name.replace(".base_layer.", "."): weight.float()
+        for name, weight in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, module in _adapted(model):
+        key = f"{name}.weight"
+        state[key] = state[key] + module.get_delta_weight(ADAPTER).float()
+    return state
+
+
+def _has_adapters(model: Any) -> bool:
+    return any(True for _ in _adapted(model))
+
+
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    """The layers that an adapter was added to, by name."""
     from peft.tuners.lora import LoraLayer
 
-    state = {
-        name.replace(".base_layer.", "."): weight for name, weight in model.state_dict().items() if ".lora_" not in name
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            key = f"{name}.weight"
-            state[key] = state[key] + module.get_delta_weight(ADAPTER)
-    return state
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
 
 
 # ---------------------------------------------------------------------------------------------------- the padding token

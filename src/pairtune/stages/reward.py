@@ -36,6 +36,7 @@ from pairtune.models.loading import load_tokenizer
 from pairtune.models.logprobs import Layout, make_layout
 from pairtune.models.reward_backbone import RewardBackbone, TrunkCache, load_reward_backbone
 from pairtune.runs import checkpoint, distributed, folder
+from pairtune.runs.memory import LESS_LOADED, out_of_memory
 from pairtune.stages.optimization import TrainResult
 from pairtune.stages.supervised import (
     TaskLoss,
@@ -88,7 +89,7 @@ def reward(
             notes=train_data.data.notes,
             held_out=[] if held_out is None else held_out.data.notes,
         )
-        with display.phase("loading the model"):
+        with display.phase("loading the model"), out_of_memory("loading the model", LESS_LOADED):
             backbone = load_reward_backbone(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,
@@ -112,7 +113,9 @@ def reward(
             display.message(note)
         # A run that goes on has its head from the checkpoint.
         if config.reward.fit_head and not (config.resume and checkpoint.latest(run_dir)):
-            with display.phase("fitting the head", min(task.num_rows, FIT_ROWS)) as advance:
+            mend = "set reward.fit_head: false, or give shorter completions (max_completion_length)"
+            label = "fitting the head"
+            with out_of_memory(label, mend), display.phase(label, min(task.num_rows, FIT_ROWS)) as advance:
                 display.message(task.fit_head(advance=advance))
         result = train_supervised(config, task, run_dir, display, stack)
         if task.report is not None and result.finished:
@@ -366,4 +369,4 @@ def _report_json(task: RewardTask, held_out: Comparisons | None, train_data: Com
         "reward_std": task.reward_std,
         "evaluation": report_dict(task.report),
     }
-    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(folder.without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -46,6 +46,7 @@ from pairtune.models.sampler import HFSampler
 from pairtune.models.values import ValueNetwork
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
+from pairtune.runs.memory import LESS_LOADED, keep, out_of_memory
 from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
 from pairtune.runs.signals import stop_on_signals
 from pairtune.stages.optimization import (
@@ -68,6 +69,19 @@ BUDGET = (
 )
 """What a run has cost so far: metrics of every step, counted since the run's beginning and over all processes.
 Evaluations are not in them."""
+
+LESS_TRAINED = (
+    "lower micro_batch_size, set gradient_checkpointing: true, or train less in a new run (trainable_layers, lora_r)"
+)
+OUT_OF_MEMORY = {
+    "sample": "lower batch_size, num_generations or max_completion_length in a new run",
+    "score": "lower reward_batch_size, or judge.batch_size in a new run",
+    "ref_logprobs": "lower micro_batch_size",
+    "old_logprobs": "lower micro_batch_size",
+    "evaluate": "lower reward_batch_size, or eval_generations or max_completion_length in a new run",
+}
+"""What helps where the GPU has no room for a part of a step. A run that goes on may cut its batches otherwise, no
+more. In all other parts it is LESS_TRAINED."""
 
 
 def train(
@@ -115,7 +129,7 @@ def train(
             display.message(f"note: {sentence}")
         for note in train_data.notes:
             display.message(note)
-        with display.phase("loading the model"):
+        with display.phase("loading the model"), out_of_memory("loading the model", LESS_LOADED):
             policy = load_policy(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,
@@ -215,6 +229,7 @@ def _loop(
     sampler = HFSampler(
         policy.model, policy.tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id
     )
+    policy.masters.copy_from_main()
     optimizer = make_optimizer(config, policy.masters)
     progress, replay = _restore(config, run_dir, policy, optimizer, feedback)
     references = ReferenceCache(train_data, policy, config) if isinstance(train_data, OfflineDataset) else None
@@ -235,13 +250,21 @@ def _loop(
     started = time.perf_counter() - progress.seconds
     display.begin(progress.step, progress.seconds)
     last_step_time = 0.0
+    saved_step = progress.step
+    under_way = ("update", "updating")
 
     @contextlib.contextmanager
     def phase(name: str, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+        nonlocal under_way
+        under_way = (name, label)
         with timer(name), display.phase(label, total) as advance:
             yield advance
 
-    def evaluate() -> None:
+    def doing() -> tuple[str, str]:
+        name, label = under_way
+        return label, OUT_OF_MEMORY.get(name, LESS_TRAINED)
+
+    def measure() -> None:
         if log is not None and eval_prompts is not None and rewards is not None:
             with phase("evaluate", "evaluating on held-out prompts", num_evaluated(eval_prompts, config)) as advance:
                 evaluation, samples = evaluate_policy(
@@ -251,30 +274,41 @@ def _loop(
             log.log_samples(samples)
             display.evaluation(evaluation)
         progress.evaluated_step = progress.step
-        distributed.barrier()
+
+    def evaluate() -> None:
+        new = progress.step > saved_step
+        keep(measure, doing=doing, run_dir=run_dir, save=save, can_save=lambda: new, of_main=True)
 
     def save() -> None:
+        nonlocal saved_step
         progress.seconds = time.perf_counter() - started
         replays = distributed.gather_tensors(_replay_tensors(replay))
         if is_main:
             with phase("save", "saving a checkpoint"):
                 _save(config, run_dir, policy, optimizer, feedback, progress, replays)
         distributed.barrier()
+        saved_step = progress.step
 
     def should_stop() -> bool:
         elapsed = time.perf_counter() - started
         late = config.max_minutes is not None and elapsed + last_step_time > 60 * config.max_minutes
         return stop.now(late=late, device=policy.device)
 
-    if progress.step == 0:
-        evaluate()
-
     def is_spent() -> bool:
         limit = config.max_generated_tokens
         return progress.step >= config.max_steps or (limit is not None and progress.num_generated_tokens >= limit)
 
-    saved_step = progress.step
-    while not should_stop() and not is_spent():
+    def is_evaluation_due() -> bool:
+        return not is_spent() and config.eval_steps > 0 and progress.step % config.eval_steps == 0
+
+    if progress.step == 0:
+        evaluate()
+    elif progress.evaluated_step < progress.step and is_evaluation_due():
+        evaluate()  # the one that the GPU had no room for
+        save()
+
+    def run_step() -> None:
+        nonlocal last_step_time
         step_start = time.perf_counter()
         progress.updates_in_step, progress.forward_in_step, progress.backward_in_step = 0, 0.0, 0.0
 
@@ -327,12 +361,26 @@ def _loop(
             log.log_step(progress.step, metrics)
             log.log_samples(_training_samples(config, train_data, rows, collected, progress.step))
         display.step(progress.step, metrics)
-        if not is_spent():
-            if config.eval_steps and progress.step % config.eval_steps == 0:
-                evaluate()
-            if config.save_steps and progress.step % config.save_steps == 0:
-                save()
-                saved_step = progress.step
+        if is_evaluation_due():
+            evaluate()
+        if not is_spent() and config.save_steps and progress.step % config.save_steps == 0:
+            save()
+
+    while not should_stop() and not is_spent():
+        carried = {} if feedback is None else feedback.state_dict()
+
+        def save_as_before(carried: dict[str, Any] = carried) -> None:
+            if feedback is not None:
+                feedback.load_state_dict(carried)  # this step may have been scored already
+            save()
+
+        keep(
+            run_step,
+            doing=doing,
+            run_dir=run_dir,
+            save=save_as_before,
+            can_save=lambda: progress.step > saved_step and progress.updates_in_step == 0,
+        )
 
     if stop.agreed:
         save()
@@ -508,6 +556,7 @@ def _apply_gradients(
 ) -> float:
     """One optimizer move from the gradients accumulated on the masters; returns the norm before clipping."""
     num_updates = config.max_steps * config.updates_per_step
+    progress.updates_in_step += 1  # before it is made: one that fails halfway leaves nothing to be saved
     norm = apply_gradients(
         policy.masters,
         optimizer,
@@ -517,7 +566,6 @@ def _apply_gradients(
         mend="lower learning_rate or epsilon, or set p3o.max_ratio",
     )
     progress.num_updates += 1
-    progress.updates_in_step += 1
     return norm
 
 
@@ -723,7 +771,11 @@ def _save(
         policy.model.save_pretrained(path)
         policy.tokenizer.save_pretrained(path)
 
-    state = {"progress": asdict(progress), "rewards": {} if feedback is None else feedback.state_dict()}
+    state = {
+        "progress": asdict(progress),
+        "rewards": {} if feedback is None else feedback.state_dict(),
+        "num_processes": distributed.world_size(),
+    }
     checkpoint.save(
         run_dir, progress.step, save_model=save_model, tensors=tensors, state=state, keep_last=config.keep_last
     )
@@ -752,6 +804,8 @@ def _restore(
     if path is None:
         return Progress(method=MethodState(beta=config.beta)), replay
     tensors, state = checkpoint.load(path)
+    if config.replay:
+        _check_processes(tensors, state, path)
     method = state["progress"].pop("method")
     method = MethodState(beta=method["beta"], average=MovingAverage(**method["average"]))
     progress = Progress(**state["progress"], method=method)
@@ -764,3 +818,16 @@ def _restore(
         if batch:
             replay.append(from_tensors(batch, policy, config))
     return progress, replay
+
+
+def _check_processes(tensors: dict[str, Tensor], state: dict[str, Any], path: Path) -> None:
+    """Each process replays its own share of earlier batches: of another number of processes some would have no share,
+    or some shares no process, and the processes would wait for each other for ever or forget batches."""
+    # Checkpoints of older versions do not say the number; the shares in them are counted.
+    shares = {name.split(".")[1] for name in tensors if name.startswith("replay.")}
+    before, now = state.get("num_processes", len(shares)), distributed.world_size()
+    if shares and before != now:
+        raise PairtuneError(
+            f"replay: {path} holds the earlier batches of {before} process{'es' * (before != 1)} and {now} would go on "
+            f"with them; resume with {before}, or begin a new run in another output_dir."
+        )

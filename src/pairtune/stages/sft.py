@@ -16,6 +16,7 @@ from pairtune.errors import PairtuneError
 from pairtune.maths.statistics import Interval, bootstrap_ratio
 from pairtune.models.loading import LoadedPolicy, load_policy, load_tokenizer
 from pairtune.models.logprobs import Layout, causal_lm
+from pairtune.runs.memory import LESS_LOADED, out_of_memory
 from pairtune.stages.optimization import TrainResult
 from pairtune.stages.supervised import TaskLoss, begin_display, loading_words, prepare_run, train_supervised
 
@@ -53,7 +54,7 @@ def sft(
             notes=train_data.notes,
             held_out=[] if held_out is None else held_out.notes,
         )
-        with display.phase("loading the model"):
+        with display.phase("loading the model"), out_of_memory("loading the model", LESS_LOADED):
             policy = load_policy(
                 model if model is not None else config.model,
                 tokenizer=tokenizer,

@@ -22,6 +22,7 @@ from pairtune.errors import PairtuneError
 from pairtune.models.loading import MasterWeights
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
+from pairtune.runs.memory import keep
 from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
 from pairtune.runs.signals import stop_on_signals
 from pairtune.stages.optimization import (
@@ -35,6 +36,12 @@ from pairtune.stages.optimization import (
 
 WARMUP_SHARE = 0.03
 """Of all updates, where `warmup_steps` is null: as in the recipe of Stanford Alpaca (2023)."""
+
+OUT_OF_MEMORY = (
+    "lower micro_batch_size, set gradient_checkpointing: true, or give a new run a smaller max_length or "
+    "max_completion_length, trainable_layers or lora_r"
+)
+"""What helps where the GPU has no room. A run that goes on may cut its batches otherwise, no more."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,7 @@ def train_supervised(
         run_folder = (run_dir, config_to_yaml(config))
         stack.enter_context(folder.create(*run_folder, overwrite=config.overwrite, resume=config.resume))
     distributed.barrier()
+    task.masters.copy_from_main()
     optimizer = make_optimizer(config, task.masters)
     progress = _restore(config, run_dir, task, optimizer)
     num_steps = num_updates(config, task.num_rows)
@@ -237,22 +245,34 @@ def train_supervised(
     started = time.perf_counter() - progress.seconds
     display.begin(progress.step, progress.seconds)
     last_step_time = 0.0
+    saved_step = progress.step
+    under_way = "updating"
+    moving = False
 
     @contextlib.contextmanager
     def phase(name: str, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
+        nonlocal under_way
+        under_way = label
         with timer(name), display.phase(label, total) as advance:
             yield advance
 
-    def evaluate() -> None:
+    def doing() -> tuple[str, str]:
+        return under_way, OUT_OF_MEMORY
+
+    def measure() -> None:
         if log is not None and task.num_eval_rows:
             with phase("evaluate", "evaluating on held-out rows", task.num_eval_rows) as advance, torch.no_grad():
                 evaluation = {"step": progress.step, **task.evaluate(advance)}
             log.log_evaluation(evaluation)
             display.evaluation(evaluation)
         progress.evaluated_step = progress.step
-        distributed.barrier()
+
+    def evaluate() -> None:
+        new = progress.step > saved_step
+        keep(measure, doing=doing, run_dir=run_dir, save=save, can_save=lambda: new, of_main=True)
 
     def save() -> None:
+        nonlocal saved_step
         progress.seconds = time.perf_counter() - started
         if is_main:
             with phase("save", "saving a checkpoint"):
@@ -265,22 +285,32 @@ def train_supervised(
                     keep_last=config.keep_last,
                 )
         distributed.barrier()
+        saved_step = progress.step
 
     def should_stop() -> bool:
         elapsed = time.perf_counter() - started
         late = config.max_minutes is not None and elapsed + last_step_time > 60 * config.max_minutes
         return stop.now(late=late, device=task.device)
 
+    def is_evaluation_due() -> bool:
+        return progress.step < num_steps and config.eval_steps > 0 and progress.step % config.eval_steps == 0
+
     task.model.eval()
     if progress.step == 0:
         evaluate()
-    saved_step = progress.step
-    while not should_stop() and progress.step < num_steps:
+    elif progress.evaluated_step < progress.step and is_evaluation_due():
+        evaluate()  # the one that the GPU had no room for
+        save()
+
+    def run_step() -> None:
+        nonlocal last_step_time, moving
         step_start = time.perf_counter()
+        moving = False
         rows = update_rows(config, task.num_rows, progress.step)
 
         with phase("update", "updating", len(rows)) as advance:
             totals = _accumulate_gradients(config, task, rows, pack, advance)
+            moving = True  # a move that fails halfway leaves nothing to be saved
             norm = apply_gradients(
                 task.masters,
                 optimizer,
@@ -311,12 +341,19 @@ def train_supervised(
         if log is not None:
             log.log_step(progress.step, metrics)
         display.step(progress.step, metrics)
-        if progress.step < num_steps:
-            if config.eval_steps and progress.step % config.eval_steps == 0:
-                evaluate()
-            if config.save_steps and progress.step % config.save_steps == 0:
-                save()
-                saved_step = progress.step
+        if is_evaluation_due():
+            evaluate()
+        if progress.step < num_steps and config.save_steps and progress.step % config.save_steps == 0:
+            save()
+
+    while not should_stop() and progress.step < num_steps:
+        keep(
+            run_step,
+            doing=doing,
+            run_dir=run_dir,
+            save=save,
+            can_save=lambda: progress.step > saved_step and not moving,
+        )
 
     if stop.agreed:
         save()
