@@ -70,6 +70,7 @@ def recorded(config: CompareConfig) -> dict[str, Any]:
         **{name: content[name] for name in ("budget", "task", "notes", "sweep")},
         "arms": [_arm(arm) for arm in content["arms"]],
         "matched": _small(content["matched"]),
+        "best_of_n": _small(content["best_of_n"]),
         "differences": _small([line for line in content["differences"] if few or line["by"] == "method"]),
         "ranking": None if head_to_head is None else _small(head_to_head["ranking"]),
         "wins": _small({name: head_to_head[name] for name in ("names", "rates")}) if head_to_head and few else None,
@@ -121,7 +122,7 @@ def markdown(record: dict[str, Any], name: str) -> str:
     ]
     lines += [f"![Reward against KL]({name}.svg)", ""]
     lines += _sweep(record["sweep"]) + _ends(record) + _matched(record["matched"]) + _differences(record["differences"])
-    lines += _wins(record.get("wins")) + _spent(record["arms"])
+    lines += _best_of_n(record.get("best_of_n")) + _wins(record.get("wins")) + _spent(record["arms"])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -178,6 +179,13 @@ def _ends(record: dict[str, Any]) -> list[str]:
 
 def _head(columns: list[str]) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+
+
+def _best_of_n(points: list[dict[str, Any]] | None) -> list[str]:
+    if not points:
+        return []
+    lines = ["## Best of n completions of the starting policy", "", *_head(["n", "KL at most", "reward"])]
+    return [*lines, *(f"| {p['n']} | {p['kl_bound']:.2f} | {_shown(p['reward'])} |" for p in points), ""]
 
 
 def _wins(wins: dict[str, Any] | None) -> list[str]:
@@ -271,8 +279,9 @@ def main() -> None:
     write_atomic(flags.results / f"{name}.md", markdown(record, name))
     with tempfile.TemporaryDirectory() as scratch:
         drawn = {figure.key: figure for figure in make_page([config.output_dir]).figures()}
-        # With several settings a method, their ends joined say more than forty courses over each other.
-        figure = drawn.get("frontier-ends") or drawn["frontier"]
+        # Of many settings the ends, joined by method, say more than forty courses over each other.
+        many = len(record["arms"]) > MOST_IN_FULL
+        figure = drawn.get("frontier-ends", drawn["frontier"]) if many else drawn["frontier"]
         paths = save_figures([figure], scratch)
         svg = next(path for path in paths if path.suffix == ".svg")
         write_atomic(flags.results / f"{name}.svg", svg.read_text("utf-8"))
