@@ -24,6 +24,7 @@ from pairtune.config import CompareConfig, load_config
 from pairtune.errors import PairtuneError
 from pairtune.evidence.compare import compare, sweep_of
 from pairtune.evidence.comparison import tables
+from pairtune.evidence.comparison_page import BUDGET
 from pairtune.evidence.figures import save_figures
 from pairtune.evidence.grid import grid_of
 from pairtune.evidence.report import make_page
@@ -33,14 +34,6 @@ from pairtune.runs.folder import environment, write_atomic
 RESULTS = Path(__file__).parent / "results"
 MOST_IN_FULL = 12
 """Policies whose win matrix is kept, and what a setting makes of one method."""
-SPENT = {
-    "completions": "completions",
-    "tokens_generated": "tokens sampled",
-    "reward_calls": "reward calls",
-    "updates": "updates",
-    "forward_tokens": "tokens forward",
-    "backward_tokens": "tokens backward",
-}
 VERDICTS = {"reward_at_kl": "reward at equal KL", "kl_at_reward": "KL at equal reward", "area": "area"}
 
 
@@ -199,9 +192,9 @@ def _wins(wins: dict[str, Any] | None) -> list[str]:
 
 
 def _spent(arms: list[dict[str, Any]]) -> list[str]:
-    lines = ["## What a run has spent", "", "Means over seeds.", "", *_head(["policy", *SPENT.values()])]
+    lines = ["## What a run has spent", "", "Means over seeds.", "", *_head(["policy", *BUDGET.values()])]
     for arm in arms:
-        amounts = [arm["spent"].get(name) for name in SPENT]
+        amounts = [arm["spent"].get(name) for name in BUDGET]
         lines.append(f"| {arm['name']} | {' | '.join('-' if n is None else f'{n:,.0f}' for n in amounts)} |")
     return [*lines, ""]
 
@@ -212,7 +205,7 @@ def _matched(matched: list[dict[str, Any]]) -> list[str]:
         if len(line["arms"]) < 2:
             continue
         lines += [f"KL {line['to']:.2f}, the largest that all of these reach:", ""]
-        lines += ["| policy | reward | mean reward up to there |", "|---|---:|---:|"]
+        lines += _head(["policy", "reward", "mean reward up to there"])
         lines += [f"| {arm['name']} | {_shown(arm['reward'])} | {_shown(arm['area'])} |" for arm in line["arms"]] + [""]
     return lines
 

@@ -5,7 +5,6 @@ All intervals are bootstrapped over prompts: the completions of one prompt are n
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -47,7 +46,7 @@ from pairtune.models.logprobs import Scorer, can_share_prefix, causal_lm, diverg
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler, Sampler
 from pairtune.models.weights import resolve_model
 from pairtune.runs.display import evaluation_summary, make_console, progress
-from pairtune.runs.folder import without_nan, write_atomic
+from pairtune.runs.folder import as_json, write_atomic
 from pairtune.runs.memory import out_of_memory
 from pairtune.types import Completions
 
@@ -185,7 +184,7 @@ def evaluate(
     make_console().print(evaluation_summary(line))
     if config.output is not None:
         content = {"config": config.model_dump(), "evaluation": line, "samples": samples}
-        _write(Path(config.output), content)
+        write_atomic(Path(config.output), as_json(content))
     return line
 
 
@@ -227,14 +226,8 @@ def evaluate_reward_model(config: EvaluateConfig, dataset: Any = None) -> dict[s
     line = evaluation_line(report)
     if config.output is not None:
         content = {"config": config.model_dump(), "evaluation": report_dict(report)}
-        _write(Path(config.output), content)
+        write_atomic(Path(config.output), as_json(content))
     return line
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """As JSON that any reader takes: an interval over one prompt has NaN ends, which JSON cannot say."""
-    text = json.dumps(without_nan(content), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text + "\n")
 
 
 def load_pair(config: EvaluateConfig, tokenizer: Any) -> LoadedPolicy:

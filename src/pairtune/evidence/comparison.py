@@ -166,17 +166,15 @@ def _record(cell: Path) -> dict[str, Any]:
 
 def _without_rewards(arms: Sequence[Arm], measured: Sequence[Evaluated]) -> list[str]:
     """A sentence on each arm of which nothing is said that needs a reward."""
-    return [
-        f"{arm.name}: evaluations of {', '.join(names)} have no reward, so the arm is left out where one is needed."
-        for arm, evaluated in zip(arms, measured, strict=True)
-        if (
-            names := [
-                run.name
-                for run, rewards in zip(arm.runs, evaluated.reward, strict=True)
-                if not rewards.isfinite().all()
-            ]
-        )
-    ]
+    sentences = []
+    for arm, evaluated in zip(arms, measured, strict=True):
+        lacking = [run.name for run, its in zip(arm.runs, evaluated.reward, strict=True) if not its.isfinite().all()]
+        if lacking:
+            sentences.append(
+                f"{arm.name}: evaluations of {', '.join(lacking)} have no reward, so the arm is left out where one is "
+                "needed."
+            )
+    return sentences
 
 
 # ---------------------------------------------------------------------------------------------------------- single arms

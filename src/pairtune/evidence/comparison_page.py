@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.config import METHODS
-from pairtune.evidence.comparison import same_start
+from pairtune.evidence.comparison import START, same_start
 from pairtune.evidence.comparison_frontier import (
     Compared,
     ablation_blocks,
@@ -24,7 +24,7 @@ from pairtune.evidence.comparison_frontier import (
     verdict_sentence,
 )
 from pairtune.evidence.comparison_judged import judged_blocks
-from pairtune.evidence.comparison_wins import START, head_to_head_blocks, looks_of
+from pairtune.evidence.comparison_wins import head_to_head_blocks, looks_of
 from pairtune.evidence.figures import Chart, Point, Series, thin
 from pairtune.evidence.page import Block, Choice, Page, Section, Settings, Tables, Text, plain
 from pairtune.evidence.run_page import (

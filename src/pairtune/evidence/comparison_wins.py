@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pairtune.evidence.comparison import over_what
+from pairtune.evidence.comparison import START, over_what
 from pairtune.evidence.comparison_frontier import Compared, PromptKey, end, estimate_cell, places, scored, starts
 from pairtune.evidence.figures import HeatMap, RowMark, Rows
 from pairtune.evidence.head_to_head import Games, length_controlled, ranking, score_games, win_matrix, win_rate
@@ -19,8 +19,6 @@ from pairtune.evidence.tables import Cell, Table
 from pairtune.maths.statistics import Estimate, Interval
 from pairtune.runs.display import clean
 
-START = "starting policy"
-"""What the starting policy is called."""
 MOST_POLICIES = 24
 """In the win matrix; its cells could not be read beyond."""
 ELO = 400 / math.log(10)

@@ -50,7 +50,7 @@ from pairtune.models.loading import choose_device, choose_dtype, eos_ids, load_c
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler
 from pairtune.models.weights import resolve_model
 from pairtune.runs.display import clean, counted, make_console, progress
-from pairtune.runs.folder import flatten, is_run_folder, without_nan, write_atomic
+from pairtune.runs.folder import as_json, flatten, is_run_folder, without_nan, write_atomic
 from pairtune.runs.memory import out_of_memory
 from pairtune.types import Prompt
 
@@ -130,8 +130,7 @@ def judge(config: JudgeConfig) -> dict[str, Any]:
     # Before anything is made of them: verdicts may have cost money, and tables can be made again.
     write_atomic(folder / VERDICTS, "".join(f"{line}\n" for line in lines))
     summary = summarise(config, arbiter, sides, keys, contests, judgements, dropped)
-    text = json.dumps(without_nan(summary), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomic(folder / JUDGED, text + "\n")
+    write_atomic(folder / JUDGED, as_json(summary))
     show(summary, console)
     if isinstance(arbiter, EndpointJudge):
         _show_usage(arbiter, console)

@@ -322,6 +322,11 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def as_json(value: Any) -> str:
+    """A file's worth of JSON that any reader takes, see `without_nan`; one space an indent, text as it is."""
+    return json.dumps(without_nan(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def environment() -> dict[str, Any]:
     """What a result may depend on: versions, commit, hardware, threads, command. Nothing names a person or a host."""
     gpus = (

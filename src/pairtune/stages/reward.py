@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -369,4 +368,4 @@ def _report_json(task: RewardTask, held_out: Comparisons | None, train_data: Com
         "reward_std": task.reward_std,
         "evaluation": report_dict(task.report),
     }
-    return json.dumps(folder.without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return folder.as_json(content)

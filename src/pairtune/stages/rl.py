@@ -276,8 +276,9 @@ def _loop(
         progress.evaluated_step = progress.step
 
     def evaluate() -> None:
-        new = progress.step > saved_step
-        keep(measure, doing=doing, run_dir=run_dir, save=save, can_save=lambda: new, of_main=True)
+        keep(
+            measure, doing=doing, run_dir=run_dir, save=save, can_save=lambda: progress.step > saved_step, of_main=True
+        )
 
     def save() -> None:
         nonlocal saved_step
