@@ -647,9 +647,9 @@ MUTATIONS = [
     ),
     Mutation(
         "no evaluation where max_minutes ends a run just saved",
-        RL,
+        "stages/loop.py",
         "        if progress.evaluated_step < progress.step:",
-        "        if progress.evaluated_step < progress.step > saved_step:",
+        "        if progress.evaluated_step < progress.step > self._saved_step:",
         TEST_TRAIN + "max_minutes_ends_with_a_checkpoint_and_an_evaluation[1]",
     ),
     Mutation(

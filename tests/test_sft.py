@@ -33,7 +33,7 @@ from pairtune.models.loading import load_policy
 from pairtune.models.logprobs import Scorer, body
 from pairtune.runs import checkpoint
 from pairtune.runs.metrics import read_jsonl, without_times
-from pairtune.stages import supervised
+from pairtune.stages import loop, supervised
 from pairtune.stages.rl import TrainResult
 from pairtune.stages.sft import SFTTask, best_fit, example_layout, sft
 
@@ -601,7 +601,7 @@ def test_max_minutes_ends_with_a_checkpoint_and_an_evaluation(
         return loss(task, rows)
 
     monkeypatch.setattr(SFTTask, "loss", slow)
-    monkeypatch.setattr(supervised, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
     result = run(num_epochs=3, max_minutes=1.2, save_steps=save_steps, lr_scheduler_type="constant")
     assert (result.steps, result.finished) == (3, True)  # a fourth would end after 80 s, over the 72
     assert newest(result).name == "step-3"

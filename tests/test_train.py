@@ -33,7 +33,7 @@ from pairtune.models.logprobs import Scorer
 from pairtune.models.sampler import HFSampler
 from pairtune.runs import checkpoint
 from pairtune.runs.metrics import read_jsonl, without_times
-from pairtune.stages import rl
+from pairtune.stages import loop, rl
 
 PROMPTS = [{"prompt": f"{word} {number}"} for number in range(4) for word in ("Go on", "Say it again", "So")]
 HELD_OUT = [{"prompt": "Tell me"}, {"prompt": "And now, at last"}, {"prompt": "?"}]
@@ -621,7 +621,7 @@ def test_max_minutes_ends_with_a_checkpoint_and_an_evaluation(
         clock.seconds += 0 if len(completions) == len(HELD_OUT) else 20  # a step takes 20 s
         return share_of_letters(completions)
 
-    monkeypatch.setattr(rl, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
     result = run(max_steps=9, max_minutes=1.2, save_steps=save_steps, reward=reward)
     assert (result.steps, result.finished) == (3, True)  # a fourth would end after 80 s, over the 72
     assert newest(result).name == "step-3"

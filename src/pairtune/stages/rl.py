@@ -6,10 +6,9 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,9 +45,9 @@ from pairtune.models.sampler import HFSampler
 from pairtune.models.values import ValueNetwork
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
-from pairtune.runs.memory import LESS_LOADED, keep, out_of_memory
-from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
-from pairtune.runs.signals import stop_on_signals
+from pairtune.runs.memory import LESS_LOADED, out_of_memory
+from pairtune.runs.metrics import check_trackers, read_jsonl
+from pairtune.stages.loop import Loop
 from pairtune.stages.optimization import (
     TrainResult,
     apply_gradients,
@@ -224,7 +223,7 @@ def _loop(
     display: Display,
     stack: contextlib.ExitStack,
 ) -> TrainResult:
-    """Collect, update, log, evaluate, save: step after step."""
+    """Collect, update, log: step after step, in the `Loop` that evaluates and saves."""
     algorithm = ALGORITHMS[config.algorithm]
     sampler = HFSampler(
         policy.model, policy.tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id
@@ -233,36 +232,18 @@ def _loop(
     optimizer = make_optimizer(config, policy.masters)
     progress, replay = _restore(config, run_dir, policy, optimizer, feedback)
     references = ReferenceCache(train_data, policy, config) if isinstance(train_data, OfflineDataset) else None
-    timer = Timer(policy.device)
     is_main = distributed.is_main()
-    log = None
-    if is_main:
-        folder.write_environment(run_dir, compute_dtype=str(policy.dtype), device=str(policy.device))
-        log = stack.enter_context(
-            RunLog(
-                run_dir,
-                resume_step=progress.step if config.resume and progress.step else None,
-                report_to=config.report_to,
-                config_dict=config.model_dump(),
-            )
-        )
-    stop = stack.enter_context(stop_on_signals())
-    started = time.perf_counter() - progress.seconds
-    display.begin(progress.step, progress.seconds)
-    last_step_time = 0.0
-    saved_step = progress.step
-    under_way = ("update", "updating")
-
-    @contextlib.contextmanager
-    def phase(name: str, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
-        nonlocal under_way
-        under_way = (name, label)
-        with timer(name), display.phase(label, total) as advance:
-            yield advance
-
-    def doing() -> tuple[str, str]:
-        name, label = under_way
-        return label, OUT_OF_MEMORY.get(name, LESS_TRAINED)
+    loop = Loop(
+        config,
+        run_dir,
+        progress,
+        display,
+        stack,
+        num_steps=config.max_steps,
+        dtype=policy.dtype,
+        device=policy.device,
+    )
+    log, phase = loop.log, loop.phase
 
     def measure() -> None:
         if log is not None and eval_prompts is not None and rewards is not None:
@@ -273,44 +254,27 @@ def _loop(
             log.log_evaluation(evaluation)
             log.log_samples(samples)
             display.evaluation(evaluation)
-        progress.evaluated_step = progress.step
 
-    def evaluate() -> None:
-        keep(
-            measure, doing=doing, run_dir=run_dir, save=save, can_save=lambda: progress.step > saved_step, of_main=True
-        )
-
-    def save() -> None:
-        nonlocal saved_step
-        progress.seconds = time.perf_counter() - started
+    def write() -> None:
         replays = distributed.gather_tensors(_replay_tensors(replay))
         if is_main:
             with phase("save", "saving a checkpoint"):
                 _save(config, run_dir, policy, optimizer, feedback, progress, replays)
-        distributed.barrier()
-        saved_step = progress.step
 
-    def should_stop() -> bool:
-        elapsed = time.perf_counter() - started
-        late = config.max_minutes is not None and elapsed + last_step_time > 60 * config.max_minutes
-        return stop.now(late=late, device=policy.device)
+    def remember() -> Callable[[], None]:
+        if feedback is None:
+            return lambda: None
+        carried = feedback.state_dict()  # a step may be scored before it fails
+        return lambda: feedback.load_state_dict(carried)
 
-    def is_spent() -> bool:
-        limit = config.max_generated_tokens
-        return progress.step >= config.max_steps or (limit is not None and progress.num_generated_tokens >= limit)
+    def limit() -> str | None:
+        if config.max_generated_tokens is None or progress.num_generated_tokens < config.max_generated_tokens:
+            return None
+        return (
+            f"{progress.num_generated_tokens} tokens generated, max_generated_tokens is {config.max_generated_tokens}"
+        )
 
-    def is_evaluation_due() -> bool:
-        return not is_spent() and config.eval_steps > 0 and progress.step % config.eval_steps == 0
-
-    if progress.step == 0:
-        evaluate()
-    elif progress.evaluated_step < progress.step and is_evaluation_due():
-        evaluate()  # the one that the GPU had no room for
-        save()
-
-    def run_step() -> None:
-        nonlocal last_step_time
-        step_start = time.perf_counter()
+    def step() -> None:
         progress.updates_in_step, progress.forward_in_step, progress.backward_in_step = 0, 0.0, 0.0
 
         # Collect: prompts -> completions -> rewards -> reference log-probabilities.
@@ -350,60 +314,28 @@ def _loop(
         if algorithm.next_state is not None:
             progress.method = algorithm.next_state(experience, config, progress.method)
 
-        # Log, evaluate, save, in this order: a checkpoint vouches for every line before it.
         progress.step += 1
         # What reward functions log comes first: it may not stand in for a metric of ours.
         metrics = {**collected.metrics, **_step_metrics(config, experience, progress), **update_metrics}
         metrics = _averaged(metrics)
-        last_step_time = time.perf_counter() - step_start
+        step_time = loop.step_time()
         tokens = metrics["completions/mean_length"] * config.batch_size * experience.rewards.shape[1]
-        metrics.update(timer.take(), step_time=last_step_time, tokens_per_second=tokens / last_step_time)
+        metrics.update(loop.timer.take(), step_time=step_time, tokens_per_second=tokens / step_time)
         if log is not None:
             log.log_step(progress.step, metrics)
             log.log_samples(_training_samples(config, train_data, rows, collected, progress.step))
         display.step(progress.step, metrics)
-        if is_evaluation_due():
-            evaluate()
-        if not is_spent() and config.save_steps and progress.step % config.save_steps == 0:
-            save()
 
-    while not should_stop() and not is_spent():
-        carried = {} if feedback is None else feedback.state_dict()
-
-        def save_as_before(carried: dict[str, Any] = carried) -> None:
-            if feedback is not None:
-                feedback.load_state_dict(carried)  # this step may have been scored already
-            save()
-
-        keep(
-            run_step,
-            doing=doing,
-            run_dir=run_dir,
-            save=save_as_before,
-            can_save=lambda: progress.step > saved_step and progress.updates_in_step == 0,
-        )
-
-    if stop.agreed:
-        save()
-        display.message(
-            f"stopped after step {progress.step} of {config.max_steps}; go on with: "
-            f"pairtune train --resume --output_dir {run_dir}"
-        )
-    else:
-        if progress.step < config.max_steps:
-            reached = (
-                f"{progress.num_generated_tokens} tokens generated, max_generated_tokens is "
-                f"{config.max_generated_tokens}"
-                if is_spent()
-                else f"the next would pass max_minutes {config.max_minutes:g}"
-            )
-            display.message(f"stopping after step {progress.step}: {reached}")
-        if progress.evaluated_step < progress.step:
-            evaluate()
-            save()
-        elif progress.step > saved_step:
-            save()
-    return TrainResult(run_dir, progress.step, finished=not stop.agreed, model=policy.model, tokenizer=policy.tokenizer)
+    finished = loop.run(
+        step,
+        measure=measure,
+        write=write,
+        mend=lambda phase: OUT_OF_MEMORY.get(phase, LESS_TRAINED),
+        untouched=lambda: progress.updates_in_step == 0,
+        remember=remember,
+        limit=limit,
+    )
+    return TrainResult(run_dir, progress.step, finished=finished, model=policy.model, tokenizer=policy.tokenizer)
 
 
 def _averaged(metrics: dict[str, float]) -> dict[str, float]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pairtune.config import VERB_OF, RewardConfig, SFTConfig, SupervisedWords, config_to_yaml, supervised_warnings
+from pairtune.config import RewardConfig, SFTConfig, SupervisedWords, config_to_yaml, supervised_warnings
 from pairtune.data import shard
 from pairtune.errors import PairtuneError
 from pairtune.models.loading import MasterWeights
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
-from pairtune.runs.memory import keep
-from pairtune.runs.metrics import RunLog, Timer, check_trackers, read_jsonl
-from pairtune.runs.signals import stop_on_signals
+from pairtune.runs.metrics import check_trackers, read_jsonl
+from pairtune.stages.loop import Loop
 from pairtune.stages.optimization import (
     TrainResult,
     apply_gradients,
@@ -210,7 +208,7 @@ def train_supervised(
     derived: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: {},
     pack: Pack = list,
 ) -> TrainResult:
-    """Update, log, evaluate, save: step after step. A step is one optimizer update.
+    """Update and log, step after step, in the `Loop` that evaluates and saves. A step is one optimizer update.
 
     Makes and locks the run folder, and writes it as `pairtune train` does. `stack` closes what is opened here;
     `derived` adds to a step's metrics what is computed from their means; `pack` says which rows share one of a forward
@@ -229,35 +227,9 @@ def train_supervised(
     for sentence in supervised_warnings(config, num_steps):
         display.message(f"note: {sentence}")
     schedule = config.model_copy(update={"warmup_steps": warmup_updates(config, num_steps)})
-    timer = Timer(task.device)
-    log = None
-    if is_main:
-        folder.write_environment(run_dir, compute_dtype=str(task.dtype), device=str(task.device))
-        log = stack.enter_context(
-            RunLog(
-                run_dir,
-                resume_step=progress.step if config.resume and progress.step else None,
-                report_to=config.report_to,
-                config_dict=config.model_dump(),
-            )
-        )
-    stop = stack.enter_context(stop_on_signals())
-    started = time.perf_counter() - progress.seconds
-    display.begin(progress.step, progress.seconds)
-    last_step_time = 0.0
-    saved_step = progress.step
-    under_way = "updating"
+    loop = Loop(config, run_dir, progress, display, stack, num_steps=num_steps, dtype=task.dtype, device=task.device)
+    log, phase = loop.log, loop.phase
     moving = False
-
-    @contextlib.contextmanager
-    def phase(name: str, label: str, total: float | None = None) -> Iterator[Callable[[float], None]]:
-        nonlocal under_way
-        under_way = label
-        with timer(name), display.phase(label, total) as advance:
-            yield advance
-
-    def doing() -> tuple[str, str]:
-        return under_way, OUT_OF_MEMORY
 
     def measure() -> None:
         if log is not None and task.num_eval_rows:
@@ -265,16 +237,8 @@ def train_supervised(
                 evaluation = {"step": progress.step, **task.evaluate(advance)}
             log.log_evaluation(evaluation)
             display.evaluation(evaluation)
-        progress.evaluated_step = progress.step
 
-    def evaluate() -> None:
-        keep(
-            measure, doing=doing, run_dir=run_dir, save=save, can_save=lambda: progress.step > saved_step, of_main=True
-        )
-
-    def save() -> None:
-        nonlocal saved_step
-        progress.seconds = time.perf_counter() - started
+    def write() -> None:
         if is_main:
             with phase("save", "saving a checkpoint"):
                 checkpoint.save(
@@ -285,27 +249,9 @@ def train_supervised(
                     state={"progress": asdict(progress)},
                     keep_last=config.keep_last,
                 )
-        distributed.barrier()
-        saved_step = progress.step
 
-    def should_stop() -> bool:
-        elapsed = time.perf_counter() - started
-        late = config.max_minutes is not None and elapsed + last_step_time > 60 * config.max_minutes
-        return stop.now(late=late, device=task.device)
-
-    def is_evaluation_due() -> bool:
-        return progress.step < num_steps and config.eval_steps > 0 and progress.step % config.eval_steps == 0
-
-    task.model.eval()
-    if progress.step == 0:
-        evaluate()
-    elif progress.evaluated_step < progress.step and is_evaluation_due():
-        evaluate()  # the one that the GPU had no room for
-        save()
-
-    def run_step() -> None:
-        nonlocal last_step_time, moving
-        step_start = time.perf_counter()
+    def step() -> None:
+        nonlocal moving
         moving = False
         rows = update_rows(config, task.num_rows, progress.step)
 
@@ -326,7 +272,6 @@ def train_supervised(
                 "enormous size in the dataset, or lower learning_rate."
             )
 
-        # Log, evaluate, save, in this order: a checkpoint vouches for every line before it.
         progress.step += 1
         progress.num_tokens += totals.num_tokens
         metrics = totals.metrics | {
@@ -336,43 +281,18 @@ def train_supervised(
             "num_tokens": float(progress.num_tokens),
         }
         metrics |= derived(metrics)
-        last_step_time = time.perf_counter() - step_start
-        metrics |= timer.take()
-        metrics |= {"step_time": last_step_time, "tokens_per_second": totals.num_tokens / last_step_time}
+        step_time = loop.step_time()
+        metrics |= loop.timer.take()
+        metrics |= {"step_time": step_time, "tokens_per_second": totals.num_tokens / step_time}
         if log is not None:
             log.log_step(progress.step, metrics)
         display.step(progress.step, metrics)
-        if is_evaluation_due():
-            evaluate()
-        if progress.step < num_steps and config.save_steps and progress.step % config.save_steps == 0:
-            save()
 
-    while not should_stop() and progress.step < num_steps:
-        keep(
-            run_step,
-            doing=doing,
-            run_dir=run_dir,
-            save=save,
-            can_save=lambda: progress.step > saved_step and not moving,
-        )
-
-    if stop.agreed:
-        save()
-        display.message(
-            f"stopped after step {progress.step} of {num_steps}; go on with: "
-            f"pairtune {VERB_OF[type(config)]} --resume --output_dir {run_dir}"
-        )
-    else:
-        if progress.step < num_steps:
-            display.message(
-                f"stopping after step {progress.step}: the next would pass max_minutes {config.max_minutes:g}"
-            )
-        if progress.evaluated_step < progress.step:
-            evaluate()
-            save()
-        elif progress.step > saved_step:
-            save()
-    return TrainResult(run_dir, progress.step, finished=not stop.agreed, model=task.model, tokenizer=task.tokenizer)
+    task.model.eval()
+    finished = loop.run(
+        step, measure=measure, write=write, mend=lambda phase: OUT_OF_MEMORY, untouched=lambda: not moving
+    )
+    return TrainResult(run_dir, progress.step, finished=finished, model=task.model, tokenizer=task.tokenizer)
 
 
 def warmup_updates(config: SupervisedWords, num_steps: int) -> int:
