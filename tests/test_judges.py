@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
@@ -627,6 +628,18 @@ def test_a_question_that_is_too_long_has_no_verdict(tiny_tokenizer: Any) -> None
     judge = ModelJudge(build_tiny_model("llama"), tiny_tokenizer, JudgeWords(model="m"), Form(QUESTION), name="tiny")
     [judgement] = judge_pairs(judge, PAIRS[:1])
     assert judgement.as_shown == Verdict(None, reason="the question is longer than the 256 tokens that tiny can read")
+
+
+def test_half_a_character_is_a_sentence(local: ModelJudge) -> None:
+    with pytest.raises(PairtuneError, match=r"a question to the judge tiny: its text holds '.ud83d', which is half"):
+        judge_pairs(local, [Pair("p", "a\ud83d", "b")])
+
+
+def test_a_judge_with_damaged_weights_is_no_tie(local: ModelJudge) -> None:
+    with torch.no_grad():
+        local.model.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(PairtuneError, match="the judge tiny gives A or B a probability that is no number"):
+        judge_pairs(local, PAIRS)
 
 
 def test_a_written_answer_is_read_like_any_other(local: ModelJudge) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from pairtune.config import JudgeConfig, JudgeWords, TrainConfig
-from pairtune.data import PromptDataset, RawPrompts, as_turns
+from pairtune.data import PromptDataset, RawPrompts, as_turns, check_characters
 from pairtune.errors import PairtuneError
 from pairtune.feedback.endpoint import ChatEndpoint, KeptAnswers
 from pairtune.feedback.preferences import check_preference_function, preference_answers
@@ -433,6 +433,7 @@ class ModelJudge:
             return []
         written = self.words.answer == "text"
         questions = [self.form.question(pair, self.markers) for pair in pairs]
+        check_characters(questions, f"a question to the judge {self.name}")
         layout = RawPrompts(list(questions), {}, "the questions to the judge").format(self.tokenizer)
         openings = [layout.text(question, f"question {row} to the judge") for row, question in enumerate(questions)]
         if written:
@@ -492,12 +493,13 @@ class ModelJudge:
             policy_version=0,
         )
         logprobs = self.scorer.logprobs(self.scorer.layout(completions))[0].sum(-1).double().cpu()
-        return [
-            Verdict(probability, mass=mass)
-            for probability, mass in zip(
-                logprobs.softmax(-1)[:, 0].tolist(), logprobs.exp().sum(-1).tolist(), strict=True
+        if not logprobs.isfinite().all():
+            raise PairtuneError(
+                f"the judge {self.name} gives A or B a probability that is no number; its weights are damaged, or its "
+                "precision is too low (dtype: float32)."
             )
-        ]
+        first, mass = logprobs.softmax(-1)[:, 0].tolist(), logprobs.exp().sum(-1).tolist()
+        return [Verdict(probability, mass=both) for probability, both in zip(first, mass, strict=True)]
 
     def _write(self, token_ids: list[list[int]], digests: list[str]) -> list[Verdict]:
         prompts = self._batch(token_ids)
