@@ -119,6 +119,10 @@ def copied(finished: Path, tmp_path: Path) -> Path:
         ({"axes": {"seed": [1, 2]}}, "seed stands in axes, but `pairtune compare` sets it for every cell; use seeds."),
         ({"methods": {"a": {"resume": False}}}, "resume stands in methods.a, but `pairtune compare` sets it"),
         ({"sweep": {"axes": {"overwrite": [True]}}}, "overwrite stands in sweep.axes, but `pairtune compare` sets it"),
+        (
+            {"sweep": {"axes": {"eval_steps": [1]}}},
+            "eval_steps stands in sweep.axes, but how a run of the sweep is mea",
+        ),
         ({"cells": [{"method": "a", "output_dir": "b"}]}, "output_dir stands in cells, but `pairtune compare` sets it"),
         ({"axes": {"max_steps": [1, 2]}}, "p3o_max_steps-1_seed-0 and p3o_max_steps-2_seed-0 come to one and the same"),
         ({"axes": {"beta": []}}, "axes must be lists of values by setting"),
@@ -433,6 +437,35 @@ def test_a_run_of_the_sweep_that_measured_nothing_is_not_chosen(
     assert found["runs"][0]["status"] == "done"
     assert [run["value"] is None for run in found["runs"]] == [True, False, False, False]
     assert [run["chosen"] for run in found["runs"][:2]] == [False, True]
+
+
+def test_a_sweep_says_where_chance_may_have_chosen(tmp_path: Path) -> None:
+    """Over the same prompts a constant gap is no chance, however far the prompts lie apart; one of both signs is."""
+    words: dict[str, Any] = {**REAL, "task": {}, "budget": {}, "methods": ["p3o", "rloo"]}
+    settings = config(tmp_path, **words, sweep={"axes": {"learning_rate": [1e-5, 1e-4]}, "split": "test[:9]"})
+    grid = grid_of(settings)
+    gaps = {"p3o": [0.5, 0.5, 0.5, 0.5], "rloo": [2.0, -1.0, 1.5, -1.5]}
+    for cell in grid.sweep:
+        is_better = cell.settings["learning_rate"] == 1e-4
+        rewards = [10.0 * row + (gap if is_better else 0) for row, gap in enumerate(gaps[cell.method])]
+        lines = [sample(5, row, reward) for row, reward in enumerate(rewards)]
+        folder = write_run(Path(cell.config.output_dir), lines, {"status": "done", "error": None})
+        ends = {"step": 5, "reward": {"mean": sum(rewards) / 4}, "kl": {"mean": 5.15}}
+        (folder / "evaluations.jsonl").write_text(json.dumps(ends) + "\n")
+    swept = compare_module.sweep_of(settings, grid)
+    assert swept is not None
+    assert [run["chosen"] for run in swept["runs"]] == [False, True, False, True]
+    behind = [run["behind"] for run in swept["runs"]]
+    assert behind[0] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert behind[1] is None
+    assert behind[2]["mean"] == 0.25
+    assert behind[2]["low"] < 0 < behind[2]["high"]
+    assert swept["undecided"] == ["rloo"]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(comparison._sweep_table(swept))
+    text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "behind by 0.500 ±0.000" in text
+    assert "of rloo the sweep cannot tell all runs from the best" in text
 
 
 @pytest.mark.parametrize(

@@ -586,7 +586,9 @@ def test_a_comparison_folder_adds_what_only_its_record_knows(tmp_path: Path) -> 
         "held_out": {"reward_funcs": ["my.held_out"], "names": names, "rates": rates, "ranking": ranking},
         "sweep": {"rule": "reward", "split": "test[:24]", "seed": 7, "runs": [tried | {"chosen": True, "error": None}]},
     }
-    record["sweep"] |= {"at_edge": ["PPO"]}
+    behind = {"mean": 0.1, "low": -0.05, "high": 0.25}
+    record["sweep"]["runs"].append(tried | {"value": 0.3, "chosen": False, "error": None, "behind": behind})
+    record["sweep"] |= {"at_edge": ["PPO"], "undecided": ["PPO"]}
     (tmp_path / "c" / "comparison.json").write_text(json.dumps(record))
     page = Page(write_report(tmp_path / "c"))
     exact = next(one for one in page.figures["frontier"]["series"] if one["name"].startswith("exact frontier"))
@@ -608,6 +610,7 @@ def test_a_comparison_folder_adds_what_only_its_record_knows(tmp_path: Path) -> 
             "Chosen by the largest reward on the split test[:24], seed 7.",
         ),
         *("chosen, at the edge", "At the edge: what lies beyond the values that were tried?"),
+        *("behind by 0.100 [-0.050, 0.250]", "of PPO the sweep cannot tell all runs from the best"),
     ):
         assert words in page.text, words
     assert "regret" not in page.text  # no policy has one

@@ -33,7 +33,20 @@ from rich.text import Text
 from pairtune.config import CompareConfig, TaskWords, TrainConfig, config_to_yaml, flat_values
 from pairtune.errors import PairtuneError
 from pairtune.evidence.grid import Cell, Grid, grid_of
-from pairtune.evidence.runs import CELL, CELLS, COMPARISON, EXACT, SWEEP, read_json, read_run, shown
+from pairtune.evidence.runs import (
+    CELL,
+    CELLS,
+    COMPARISON,
+    EXACT,
+    SWEEP,
+    Arm,
+    evaluated_together,
+    is_exact,
+    read_json,
+    read_run,
+    shared_prompts,
+    shown,
+)
 from pairtune.runs import folder
 from pairtune.runs.display import clean, duration, shows_live
 from pairtune.runs.folder import without_nan, write_atomic
@@ -557,9 +570,11 @@ def sweep_of(config: CompareConfig, grid: Grid) -> dict[str, Any] | None:
     """The runs of the sweep with what the rule makes of each, and what it chooses for each method; None without one.
 
     `rule`, `split`, `seed`; `runs`: `name`, `method`, `settings`, `status`, `error`, `reward`, `kl`, `value` (what the
-    rule goes by; null where the run failed or measured none) and `chosen`; `chosen`: method -> settings, or null where
-    none finished; `at_edge`: the methods that chose the smallest or the largest value of several, so that a better may
-    lie beyond.
+    rule goes by; null where the run failed or measured none), `chosen` and `behind` (how far the value lies below that
+    of the method's chosen run, an interval over the prompts; null for that run itself and where the truth is known);
+    `chosen`: method -> settings, or null where none finished; `at_edge`: the methods that chose the smallest or the
+    largest value of several, so that a better may lie beyond; `undecided`: those where 0 lies in the interval of a run
+    that was not chosen, so that chance may have chosen.
     """
     if not grid.sweep:
         return None
@@ -574,18 +589,41 @@ def sweep_of(config: CompareConfig, grid: Grid) -> dict[str, Any] | None:
             line |= {"reward": reward, "kl": kl}
             if reward is not None and (kl is not None or config.sweep.rule != "objective"):
                 line["value"] = reward - (cell.config.beta * kl if config.sweep.rule == "objective" else 0.0)
-        runs.append({**line, "chosen": False})
+        runs.append({**line, "chosen": False, "behind": None})
     chosen: dict[str, Any] = {}
+    undecided = []
     for method in dict.fromkeys(cell.method for cell in grid.sweep):
-        finished = [line for line in runs if line["method"] == method and line["value"] is not None]
-        best = max(finished, key=lambda line: line["value"], default=None)
+        finished = [(line, cell) for line, cell in zip(runs, grid.sweep, strict=True) if line["value"] is not None]
+        finished = [(line, cell) for line, cell in finished if line["method"] == method]
+        best, best_cell = max(finished, key=lambda pair: pair[0]["value"], default=(None, None))
         chosen[method] = best["settings"] if best else None
-        if best:
-            best["chosen"] = True
+        if best is None or best_cell is None:
+            continue
+        best["chosen"] = True
+        for line, cell in finished:
+            if line is not best and (behind := _behind(best_cell, cell, config.sweep.rule)) is not None:
+                line["behind"] = behind
+                if behind["low"] <= 0 <= behind["high"] and method not in undecided:
+                    undecided.append(method)
     words = config.sweep
     edges = [method for method, settings in chosen.items() if settings and _is_at_edge(method, settings, grid)]
     how = {"rule": words.rule, "split": words.split, "seed": words.seed}
-    return {**how, "runs": runs, "chosen": chosen, "at_edge": edges}
+    return {**how, "runs": runs, "chosen": chosen, "at_edge": edges, "undecided": undecided}
+
+
+def _behind(best: Cell, other: Cell, rule: str) -> dict[str, float] | None:
+    """What the rule gives the best run of a sweep more than another one, with a 95% interval over the prompts of both;
+    None where the truth is known, or where they share fewer than two prompts."""
+    from pairtune.maths.statistics import bootstrap_difference
+
+    arms = [Arm(cell.name, cell.method, cell.settings, [read_run(cell.config.output_dir)]) for cell in (best, other)]
+    if is_exact(arms) or len(shared_prompts(arms)) < 2:
+        return None
+    values = [
+        found.at("reward", -1)[0] - (cell.config.beta * found.at("kl", -1)[0] if rule == "objective" else 0.0)
+        for cell, found in zip((best, other), evaluated_together(arms), strict=True)
+    ]
+    return bootstrap_difference(*values)._asdict()
 
 
 def _is_at_edge(method: str, settings: dict[str, Any], grid: Grid) -> bool:

@@ -499,10 +499,22 @@ def _sweep_table(sweep: dict[str, Any]) -> Table:
         lacking = "–" if run["status"] == "done" else run["status"]
         value = lacking if run["value"] is None else f"{run['value']:.4f}"
         edge = ", at the edge" if run["chosen"] and run["method"] in sweep["at_edge"] else ""
-        table.add_row(run["method"], settings, value, f"chosen{edge}" if run["chosen"] else "")
-    if sweep["at_edge"]:
-        table.caption, table.caption_justify = "At the edge: what lies beyond the values that were tried?", "left"
+        behind = f"behind by {_interval(run['behind'])}" if run.get("behind") else ""
+        table.add_row(run["method"], settings, value, f"chosen{edge}" if run["chosen"] else behind)
+    if notes := sweep_notes(sweep):
+        table.caption, table.caption_justify = " ".join(notes), "left"
     return table
+
+
+def sweep_notes(sweep: dict[str, Any]) -> list[str]:
+    """What to think of before a sweep's choice is believed."""
+    notes = []
+    if sweep.get("at_edge"):
+        notes.append("At the edge: what lies beyond the values that were tried?")
+    if undecided := sweep.get("undecided"):  # an older version did not say
+        methods = ", ".join(undecided)
+        notes.append(f"Behind by an interval that holds 0: of {methods} the sweep cannot tell all runs from the best.")
+    return notes
 
 
 def _say_differences(differences: Sequence[dict[str, Any]], console: Console) -> None:

@@ -207,6 +207,11 @@ def _refuse_decided(config: CompareConfig, methods: Mapping[str, Mapping[str, An
         for key in DECIDED
         if key in layer
     ]
+    sentences += [
+        f"{key} stands in sweep.axes, but how a run of the sweep is measured is not for it to choose; leave it out."
+        for key in _sweep_evaluation(config)
+        if key in config.sweep.axes
+    ]
     if sentences:
         raise PairtuneError("\n".join(list(dict.fromkeys(sentences))[:MAX_SENTENCES]))
 
