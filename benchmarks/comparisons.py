@@ -23,7 +23,7 @@ from typing import Any
 from pairtune.config import CompareConfig, load_config
 from pairtune.errors import PairtuneError
 from pairtune.evidence.compare import compare, sweep_of
-from pairtune.evidence.comparison import tables
+from pairtune.evidence.comparison import sweep_notes, tables
 from pairtune.evidence.comparison_page import BUDGET
 from pairtune.evidence.figures import save_figures
 from pairtune.evidence.grid import grid_of
@@ -110,13 +110,23 @@ def markdown(record: dict[str, Any], name: str) -> str:
     lines += [f"- {note}" for note in record["notes"]]
     lines += [
         "",
-        "In brackets: 95% intervals, with the spread over training seeds in them. KL in nats a completion.",
+        (
+            "In brackets: 95% intervals, with the spread over training seeds in them."
+            if _has_seeds(record)
+            else "In brackets: 95% intervals over prompts alone, since each policy has one seed; nothing is confirmed."
+        )
+        + " KL in nats a completion.",
         "",
     ]
     lines += [f"![Reward against KL]({name}.svg)", ""]
-    lines += _sweep(record["sweep"]) + _ends(record) + _matched(record["matched"]) + _differences(record["differences"])
+    lines += _sweep(record["sweep"]) + _ends(record) + _clips(record["arms"]) + _matched(record["matched"])
+    lines += _differences(record["differences"], _has_seeds(record))
     lines += _best_of_n(record.get("best_of_n")) + _wins(record.get("wins")) + _spent(record["arms"])
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _has_seeds(record: dict[str, Any]) -> bool:
+    return any(len(arm["seeds"]) > 1 for arm in record["arms"])
 
 
 def _sweep(sweep: dict[str, Any] | None) -> list[str]:
@@ -130,11 +140,13 @@ def _sweep(sweep: dict[str, Any] | None) -> list[str]:
         tried = ", ".join(f"{_settings(run)}: {run['status'] if run['value'] is None else _tried(run)}" for run in runs)
         chosen = "".join(_settings(run) for run in runs if run["chosen"])
         lines.append(f"| {method} | {tried} | {chosen}{', at the edge' if method in sweep['at_edge'] else ''} |")
-    return [*lines, ""]
+    return [*lines, "", *(line for note in sweep_notes(sweep) for line in (note, ""))]
 
 
 def _tried(run: dict[str, Any]) -> str:
-    return f"{run['value']:.3f} ({run['reward']:.3f} at {run['kl']:.2f})"
+    behind = run.get("behind")
+    behind = "" if behind is None else "; behind by {mean:.3f} [{low:.3f}, {high:.3f}]".format(**behind)
+    return f"{run['value']:.3f} ({run['reward']:.3f} at {run['kl']:.2f}{behind})"
 
 
 def _settings(run: dict[str, Any]) -> str:
@@ -161,13 +173,25 @@ def _ends(record: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Strength: Bradley-Terry over all policies, in nats, by who has the larger reward on the same prompt.",
-    ]
-    void = [arm["name"] for arm in record["arms"] if arm["clip"] and arm["clip"]["void"]]
-    return [
-        *lines,
-        *([f"The clip of {', '.join(void)} never left 0 or 1: void as a test of clipping."] if void else []),
         "",
     ]
+    return lines
+
+
+def _clips(arms: list[dict[str, Any]]) -> list[str]:
+    """Of few policies how often the clip was at work; of all where it never was."""
+    clipped = [arm for arm in arms if arm["clip"]]
+    lines = []
+    if clipped and len(arms) <= MOST_IN_FULL:
+        lines += ["## How often the clip was at work", "", "`clip_ratio` of the last pass of a step.", ""]
+        lines += _head(["policy", "mean over steps", "lowest and highest step"])
+        for arm in clipped:
+            clip = arm["clip"]
+            lines.append(f"| {arm['name']} | {clip['mean']:.2f} | {clip['lowest']:.2f} to {clip['highest']:.2f} |")
+        lines.append("")
+    if void := [arm["name"] for arm in clipped if arm["clip"]["void"]]:
+        lines += [f"The clip of {', '.join(void)} never left 0 or 1: void as a test of clipping.", ""]
+    return lines
 
 
 def _head(columns: list[str]) -> list[str]:
@@ -210,19 +234,19 @@ def _matched(matched: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _differences(differences: list[dict[str, Any]]) -> list[str]:
+def _differences(differences: list[dict[str, Any]], has_seeds: bool) -> list[str]:
     if not differences:
         return []
-    lines = [
-        "## One against another, everything else equal",
-        "",
-        "The first less the second; bold: confirmed, that is",
-    ]
+    lines = ["## One against another, everything else equal", ""]
+    if has_seeds:
+        lines += [
+            "The first less the second; bold: confirmed, that is",
+            "the interval excludes 0 with the spread over seeds in it. Each stands for itself: of twenty true ties one",
+            "may come out as confirmed.",
+        ]
+    else:
+        lines += ["The first less the second; intervals over prompts alone, so that another seed may say otherwise."]
     lines += [
-        "the interval excludes 0 with the spread over seeds in it. Each stands for itself: of twenty true ties one"
-    ]
-    lines += [
-        "may come out as confirmed.",
         "",
         f"| first | second | {' | '.join(VERDICTS.values())} |",
         "|---|---|---:|---:|---:|",
