@@ -224,14 +224,14 @@ def _spent(arms: list[dict[str, Any]]) -> list[str]:
 
 
 def _matched(matched: list[dict[str, Any]]) -> list[str]:
-    lines = ["## Reward at matched KL", ""]
+    lines = []
     for line in matched:
         if len(line["arms"]) < 2:
             continue
         lines += [f"KL {line['to']:.2f}, the largest that all of these reach:", ""]
         lines += _head(["policy", "reward", "mean reward up to there"])
         lines += [f"| {arm['name']} | {_shown(arm['reward'])} | {_shown(arm['area'])} |" for arm in line["arms"]] + [""]
-    return lines
+    return ["## Reward at matched KL", "", *lines] if lines else []
 
 
 def _differences(differences: list[dict[str, Any]], has_seeds: bool) -> list[str]:
