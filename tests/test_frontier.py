@@ -69,9 +69,26 @@ def value(found: Estimate | None) -> float:
 
 
 def test_a_point_is_interpolated_between_two_evaluations() -> None:
-    curve = run([0, 2, 4], [0, 1, 1.5])
-    assert [value(reward_at_kl(curve, kl)) for kl in (0, 0.5, 2, 3, 4)] == pytest.approx([0, 0.25, 1, 1.25, 1.5])
-    assert [value(kl_at_reward(curve, reward)) for reward in (0, 0.5, 1, 1.25)] == pytest.approx([0, 1, 2, 3])
+    """On straight lines over the square root of the KL, which is 0, 2 and 4 here."""
+    curve = run([0, 4, 16], [0, 1, 1.5])
+    assert [value(reward_at_kl(curve, kl)) for kl in (0, 0.25, 4, 9, 16)] == pytest.approx([0, 0.25, 1, 1.25, 1.5])
+    assert [value(kl_at_reward(curve, reward)) for reward in (0, 0.5, 1, 1.25)] == pytest.approx([0, 1, 4, 9])
+
+
+def test_a_run_that_moves_far_between_evaluations_is_not_set_back() -> None:
+    """Both are on one frontier, of the best that any policy can do; one is evaluated six times, the other twice."""
+    task = EnumerableTask.random(seed=3)
+    ref = sequence_logprobs(tabular_model(task, seed=0), task)
+    best = [optimum(task, ref, beta) for beta in (1e6, 3.0, 1.5, 1.0, 0.75, 0.6)]
+    kls, rewards = ([getattr(one, name).mean().item() for one in best] for name in ("kl", "reward"))
+    often, seldom = run(kls, rewards), run([kls[0], kls[-1]], [rewards[0], rewards[-1]])
+    chord = rewards[0] + (rewards[-1] - rewards[0]) * (kls[2] - kls[0]) / (kls[-1] - kls[0])
+    gap = rewards[2] - chord
+    assert gap > 0.1 * (rewards[-1] - rewards[0])  # what a straight line over the KL would lose
+    assert abs(value(reward_at_kl(seldom, kls[2])) - rewards[2]) < 0.1 * gap
+    often_area, seldom_area = (value(area_under_frontier(one, kls[-1])) for one in (often, seldom))
+    chord_area = (rewards[0] + rewards[-1]) / 2 * (kls[-1] - kls[0])
+    assert abs(seldom_area - often_area) < 0.15 * (often_area - chord_area)
 
 
 def test_nothing_is_extrapolated() -> None:
@@ -89,19 +106,19 @@ def test_nothing_is_extrapolated() -> None:
 
 
 def test_a_run_that_turns_back_counts_where_it_first_crosses() -> None:
-    """KL 0, 3, 1, 5: it is at 2 nats three times, first with a reward of 4 / 3, though later with more."""
-    curve = run([0, 3, 1, 5], [0, 2, 4, 8])
-    assert value(reward_at_kl(curve, 2)) == pytest.approx(4 / 3)
-    assert value(reward_at_kl(curve, 4)) == pytest.approx(7)
-    falling = run([4, 0], [0, 4])
+    """KL 0, 9, 1, 25: it is at 4 nats three times, first with a reward of 4 / 3, though later with more."""
+    curve = run([0, 9, 1, 25], [0, 2, 4, 8])
+    assert value(reward_at_kl(curve, 4)) == pytest.approx(4 / 3)
+    assert value(reward_at_kl(curve, 16)) == pytest.approx(7)
+    falling = run([16, 0], [0, 4])
     assert value(reward_at_kl(falling, 1)) == pytest.approx(3)
-    assert value(kl_at_reward(run([0, 1, 2, 3], [0, 2, 1, 3]), 1.5)) == pytest.approx(0.75)
+    assert value(kl_at_reward(run([0, 1, 4, 9], [0, 2, 1, 3]), 1.5)) == pytest.approx(0.75**2)
     still = run([0, 1, 1, 2], [0, 1, 5, 6])
     assert value(reward_at_kl(still, 1)) == pytest.approx(1)
 
 
 def test_an_arm_is_the_mean_of_its_seeds() -> None:
-    curve = arm([[0, 2], [0, 4]], [[0, 2], [1, 3]])
+    curve = arm([[0, 4], [0, 16]], [[0, 2], [1, 3]])
     found = reward_at_kl(curve, 1)
     assert found is not None
     assert found.by_seed == pytest.approx((1, 1.5))
@@ -111,16 +128,16 @@ def test_an_arm_is_the_mean_of_its_seeds() -> None:
 
 
 def test_the_area_is_that_of_the_first_crossings() -> None:
-    straight = run([0, 2, 4], [1, 1, 3])
-    assert value(area_under_frontier(straight, 4)) == pytest.approx(2 + 4)
-    assert value(area_under_frontier(straight, 3)) == pytest.approx(2 + 1.5)
-    assert value(area_under_frontier(straight, 3, 1)) == pytest.approx(1 + 1.5)
-    # 0 to 3 on the first line, from 3 on along the last, on which it is at 3 with a reward of 6.
-    turning = run([0, 3, 1, 5], [0, 2, 4, 8])
-    assert value(area_under_frontier(turning, 5)) == pytest.approx(3 + 2 * 7)
-    later = run([1, 3], [0, 2])
-    assert area_under_frontier(later, 3, 0) is None
-    assert value(area_under_frontier(later, 3)) == pytest.approx(2)
+    straight = run([0, 4, 16], [1, 1, 3])  # over the square root 1, then sqrt(KL) - 1
+    assert value(area_under_frontier(straight, 16)) == pytest.approx(4 + 2 / 3 * (64 - 8) - 12)
+    assert value(area_under_frontier(straight, 9)) == pytest.approx(4 + 2 / 3 * (27 - 8) - 5)
+    assert value(area_under_frontier(straight, 9, 1)) == pytest.approx(3 + 2 / 3 * (27 - 8) - 5)
+    # 0 to 9 on the first line, from 9 on along the last, which is sqrt(KL) + 3.
+    turning = run([0, 9, 1, 25], [0, 2, 4, 8])
+    assert value(area_under_frontier(turning, 25)) == pytest.approx(2 / 3 * 2 / 3 * 27 + 2 / 3 * (125 - 27) + 3 * 16)
+    later = run([1, 9], [0, 2])
+    assert area_under_frontier(later, 9, 0) is None
+    assert value(area_under_frontier(later, 9)) == pytest.approx(2 / 3 * (27 - 1) - 8)
     with pytest.raises(ValueError, match="not above its start at 3"):
         area_under_frontier(straight, 2, 3)
 
@@ -174,19 +191,19 @@ def test_no_gradient_mode_of_the_caller_matters() -> None:
 
 def test_a_difference_is_confirmed_only_with_seeds_that_agree() -> None:
     """One curve above the other by far more than prompts scatter; what is left is whether the seeds say so too."""
-    kl = [[0.0, 2.0, 4.0]] * 3
+    kl = [[0.0, 4.0, 16.0]] * 3
     better, worse = arm(kl, [[0, 2.0, 3.0], [0, 2.1, 3.1], [0, 1.9, 2.9]]), arm(kl, [[0, 1.0, 1.5]] * 3)
-    found = compare_reward_at_kl(better, worse, 3)
+    found = compare_reward_at_kl(better, worse, 9)
     assert found.word == "confirmed"
     assert value(found.estimate) == pytest.approx(1.25)
     erratic = arm(kl, [[0, 3.5, 4.5], [0, 2.0, 3.0], [0, 0.5, 1.5]])
-    assert compare_reward_at_kl(erratic, worse, 3).word == "not confirmed"
-    one = run([0, 2, 4], [0, 2, 3], num_prompts=50)
-    found = compare_reward_at_kl(one, run([0, 2, 4], [0, 1, 1.5], num_prompts=50), 3)
+    assert compare_reward_at_kl(erratic, worse, 9).word == "not confirmed"
+    one = run([0, 4, 16], [0, 2, 3], num_prompts=50)
+    found = compare_reward_at_kl(one, run([0, 4, 16], [0, 1, 1.5], num_prompts=50), 9)
     assert not found.confirmed
     assert "one training seed" in found.reason
     assert value(found.estimate) == pytest.approx(1.25)
-    nowhere = compare_reward_at_kl(better, worse, 5)
+    nowhere = compare_reward_at_kl(better, worse, 17)
     assert (nowhere.estimate, nowhere.confirmed) == (None, False)
     assert "not every run" in nowhere.reason
 
@@ -212,9 +229,9 @@ def test_prompts_are_paired_and_sides_mirror_each_other() -> None:
 
 
 def test_areas_are_compared_from_a_common_start() -> None:
-    early, late = run([0, 4], [0, 4]), run([2, 4], [1, 3])
-    found = compare_area(early, late, 4).estimate
-    assert value(found) == pytest.approx((2 + 4) / 2 * 2 - (1 + 3) / 2 * 2)
+    early, late = run([0, 16], [0, 4]), run([4, 16], [1, 3])  # sqrt(KL) and sqrt(KL) - 1, from 4 to 16 nats
+    found = compare_area(early, late, 16).estimate
+    assert value(found) == pytest.approx(12)
 
 
 def test_points_hold_what_their_evaluation_does() -> None:

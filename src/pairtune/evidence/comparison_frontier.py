@@ -361,8 +361,8 @@ def matched_blocks(compared: Compared, matches: Sequence[Match]) -> list[Block]:
             rows.append([arm.name, *(estimate_cell(reward_at_kl(evaluated, kl)) for kl in levels)])
         many = _has_seeds(compared)
         text = (
-            "The reward where a run first crosses that KL, between two evaluations on a straight line"
-            f"{'; the mean over seeds' if many else ''}. {_intervals(compared)} A dash: "
+            "The reward where a run first crosses that KL, between two evaluations on a straight line over the square "
+            f"root of the KL{'; the mean over seeds' if many else ''}. {_intervals(compared)} A dash: "
             f"{'one seed at least never gets' if many else 'the run never gets'} there."
         )
         columns = ["policy", *(f"at {kl:g} nats" for kl in levels)]

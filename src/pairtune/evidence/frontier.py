@@ -4,9 +4,11 @@ An arm is one method with one setting, trained with S seeds, each evaluated E ti
 asked of an arm is the mean over its seeds of what each run is worth. x is the sequence KL to the reference in nats, y
 the reward.
 
-Between two evaluations a run is taken as a straight line. Where its KL goes up and down, the run is at a KL where it
-first crosses it in time: what a user gets who trains until then, and no choice by the reward that would flatter it.
-Nothing is extrapolated: a KL that one seed of an arm does not reach gives None.
+Between two evaluations a run is taken as a straight line over the square root of the KL. Near its start the best that
+any policy can do rises with that root (Gao et al. 2022, arXiv 2210.10760, found the same of what training does): a line
+over the KL itself lies far below, and would set back whoever moves far between two evaluations. Where its KL goes up
+and down, the run is at a KL where it first crosses it in time: what a user gets who trains until then, and no choice by
+the reward that would flatter it. Nothing is extrapolated: a KL that one seed of an arm does not reach gives None.
 
 Every interval is that of `statistics.crossed_estimate`. A point on a curve is no mean, but it moves with the means of
 its evaluations by known derivatives; those carry the spread of prompts over to it, through the KL as well as the
@@ -151,24 +153,29 @@ def _crossing(along: Tensor, across: Tensor, at: float) -> Tensor:
 
 
 def _reward_cells(evaluated: Evaluated, kl: float) -> Tensor:
-    return _cells(evaluated, lambda kls, rewards: _crossing(kls, rewards, kl))
+    return _cells(evaluated, lambda kls, rewards: _crossing(_square_root(kls), rewards, _root(kl)))
 
 
 def _kl_cells(evaluated: Evaluated, reward: float) -> Tensor:
-    return _cells(evaluated, lambda kls, rewards: _crossing(rewards, kls, reward))
+    return _cells(evaluated, lambda kls, rewards: _crossing(rewards, _square_root(kls), reward).square())
+
+
+def _root(kl: float) -> float:
+    """Its square root; of a KL below 0, to which no run comes, a number to which no square root comes."""
+    return math.sqrt(kl) if kl >= 0 else -1.0
 
 
 def _area_cells(evaluated: Evaluated, start: float, kl: float) -> Tensor:
     """The reward at the first crossing, integrated over all KLs between: what the segments add that reach a KL for the
-    first time."""
+    first time. On a segment the reward is a + b sqrt(KL), and the integral over KLs of that a KL + 2/3 b KL^1.5."""
 
     def area(kls: Tensor, rewards: Tensor) -> Tensor:
-        reached = kls.cummax(1).values[:, :-1].clamp(start, kl)
-        until = torch.maximum(kls[:, 1:].clamp(start, kl), reached)
-        rise = kls.diff(dim=1)
-        slope = rewards.diff(dim=1) / torch.where(until > reached, rise, 1)
-        middle = rewards[:, :-1] + ((reached + until) / 2 - kls[:, :-1]) * slope
-        found = ((until - reached) * middle).sum(1)
+        roots = _square_root(kls)
+        reached = roots.cummax(1).values[:, :-1].clamp(_root(start), _root(kl))
+        until = torch.maximum(roots[:, 1:].clamp(_root(start), _root(kl)), reached)
+        slope = rewards.diff(dim=1) / torch.where(until > reached, roots.diff(dim=1), 1)
+        level = rewards[:, :-1] - slope * roots[:, :-1]
+        found = (level * (until**2 - reached**2) + 2 / 3 * slope * (until**3 - reached**3)).sum(1)
         return torch.where((kls[:, 0] <= start) & (kls.amax(1) >= kl), found, math.nan)
 
     return _cells(evaluated, area)
