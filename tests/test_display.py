@@ -250,7 +250,7 @@ AFTER: list[display.Row] = [
 def test_the_table_shows_values_intervals_and_change() -> None:
     assert display.table_cells(BEFORE, AFTER) == [
         ["reward", "0.200 [0.120, 0.280]", "0.530 [0.460, 0.600]", "+0.330"],
-        ["unfinished", "85.0% [80.0%, 90.0%]", "75.0% [70.0%, 80.0%]", "-10.0 points"],
+        ["unfinished", "85% [80%, 90%]", "75% [70%, 80%]", "-10.0 points"],
         ["gone", "1.000", "–", "–"],
         ["new", "–", "–", "–"],
     ]
@@ -260,6 +260,16 @@ def test_the_table_shows_values_intervals_and_change() -> None:
     console.print(display.evaluation_table(BEFORE, AFTER, title="[x]"))
     assert "0.530 [0.460, 0.600]" in written(console)
     assert "[x]" in written(console)
+
+
+def test_a_narrow_table_loses_no_digit() -> None:
+    """Three intervals with two signs each are wider than 80 columns: they are wrapped, not cut."""
+    wide = [("ref. nats/token", -0.111, -0.222, 0.333), ("reward", -0.444, -0.555, -0.666)]
+    console = pipe(width=80)
+    console.print(display.evaluation_table(wide, wide, [("reward", -0.777, -0.888, -0.999)]))
+    text = written(console)
+    assert "…" not in text
+    assert all(f"-0.{digit * 3}" in text for digit in "456789")
 
 
 def test_rows_of_an_evaluation_come_in_a_fixed_order() -> None:

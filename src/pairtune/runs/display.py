@@ -39,7 +39,7 @@ QUANTITIES = {
     "kl_k1": ("KL by k1", "{:.2f}"),
     "kl_per_token": ("KL/token", "{:.3f}"),
     "length": ("length", "{:.1f}"),
-    "truncated": ("unfinished", "{:.1%}"),
+    "truncated": ("unfinished", "{:.0%}"),
     "entropy": ("entropy/token", "{:.2f}"),
     "distinct_2": ("distinct-2", "{:.3f}"),
     "ref_nats_per_token": ("ref. nats/token", "{:.2f}"),
@@ -402,7 +402,7 @@ def evaluation_table(
     table.padding = (0, 0)
     table.add_column("", no_wrap=True)
     for name in ("before", "after", "change"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for cells in table_cells(before, after, change):
         table.add_row(*(Text(cell, style="bold" if i == 2 else "") for i, cell in enumerate(cells)))
     table.caption = f"In brackets: 95% interval over prompts. {LEGEND}"
