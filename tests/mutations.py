@@ -646,6 +646,20 @@ MUTATIONS = [
         TEST_TRAIN + "a_resumed_run_equals_the_uninterrupted_one[minibatches, running scale]",
     ),
     Mutation(
+        "a full GPU after which a step's rewards count twice",
+        "stages/loop.py",
+        "                take_back()\n                save()",
+        "                save()",
+        TEST_TRAIN + "a_full_gpu_is_a_sentence_and_what_was_done_is_kept",
+    ),
+    Mutation(
+        "a frontier of straight lines over the KL",
+        "evidence/frontier.py",
+        "_crossing(_square_root(kls), rewards, _root(kl))",
+        "_crossing(kls, rewards, kl)",
+        "test_frontier.py::test_a_run_that_moves_far_between_evaluations_is_not_set_back",
+    ),
+    Mutation(
         "no evaluation where max_minutes ends a run just saved",
         "stages/loop.py",
         "        if progress.evaluated_step < progress.step:",
