@@ -23,7 +23,7 @@ from typing import Any
 from pairtune.config import CompareConfig, load_config
 from pairtune.errors import PairtuneError
 from pairtune.evidence.compare import compare, sweep_of
-from pairtune.evidence.comparison import sweep_notes, tables
+from pairtune.evidence.comparison import behind_by, sweep_notes, tables
 from pairtune.evidence.comparison_page import BUDGET
 from pairtune.evidence.figures import save_figures
 from pairtune.evidence.grid import grid_of
@@ -144,8 +144,7 @@ def _sweep(sweep: dict[str, Any] | None) -> list[str]:
 
 
 def _tried(run: dict[str, Any]) -> str:
-    behind = run.get("behind")
-    behind = "" if behind is None else "; behind by {mean:.3f} [{low:.3f}, {high:.3f}]".format(**behind)
+    behind = f"; {behind_by(run['behind'])}" if run.get("behind") else ""
     return f"{run['value']:.3f} ({run['reward']:.3f} at {run['kl']:.2f}{behind})"
 
 

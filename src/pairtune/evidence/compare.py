@@ -40,7 +40,7 @@ from pairtune.evidence.runs import (
     EXACT,
     SWEEP,
     Arm,
-    evaluated_together,
+    evaluated,
     is_exact,
     read_json,
     read_run,
@@ -49,7 +49,7 @@ from pairtune.evidence.runs import (
 )
 from pairtune.runs import folder
 from pairtune.runs.display import clean, duration, shows_live
-from pairtune.runs.folder import without_nan, write_atomic
+from pairtune.runs.folder import as_json, without_nan, write_atomic
 from pairtune.runs.metrics import read_jsonl
 
 LOG = "log.txt"
@@ -591,38 +591,43 @@ def sweep_of(config: CompareConfig, grid: Grid) -> dict[str, Any] | None:
                 line["value"] = reward - (cell.config.beta * kl if config.sweep.rule == "objective" else 0.0)
         runs.append({**line, "chosen": False, "behind": None})
     chosen: dict[str, Any] = {}
-    undecided = []
     for method in dict.fromkeys(cell.method for cell in grid.sweep):
-        finished = [(line, cell) for line, cell in zip(runs, grid.sweep, strict=True) if line["value"] is not None]
-        finished = [(line, cell) for line, cell in finished if line["method"] == method]
-        best, best_cell = max(finished, key=lambda pair: pair[0]["value"], default=(None, None))
-        chosen[method] = best["settings"] if best else None
-        if best is None or best_cell is None:
-            continue
-        best["chosen"] = True
-        for line, cell in finished:
-            if line is not best and (behind := _behind(best_cell, cell, config.sweep.rule)) is not None:
-                line["behind"] = behind
-                if behind["low"] <= 0 <= behind["high"] and method not in undecided:
-                    undecided.append(method)
+        tried = [(line, cell) for line, cell in zip(runs, grid.sweep, strict=True) if cell.method == method]
+        finished = [(line, cell) for line, cell in tried if line["value"] is not None]
+        chosen[method] = None
+        if finished:
+            best, best_cell = max(finished, key=lambda pair: pair[0]["value"])
+            chosen[method], best["chosen"] = best["settings"], True
+            best_arm = _arm_of(best_cell)
+            for line, cell in finished:
+                if line is not best:
+                    line["behind"] = _behind(best_arm, _arm_of(cell), config.sweep.rule)
     words = config.sweep
     edges = [method for method, settings in chosen.items() if settings and _is_at_edge(method, settings, grid)]
+    open_runs = [line for line in runs if line["behind"] and line["behind"]["low"] <= 0 <= line["behind"]["high"]]
+    undecided = list(dict.fromkeys(line["method"] for line in open_runs))
     how = {"rule": words.rule, "split": words.split, "seed": words.seed}
     return {**how, "runs": runs, "chosen": chosen, "at_edge": edges, "undecided": undecided}
 
 
-def _behind(best: Cell, other: Cell, rule: str) -> dict[str, float] | None:
+def _arm_of(cell: Cell) -> Arm:
+    """A run of the sweep as an arm of its own."""
+    return Arm(cell.name, cell.method, cell.settings, [read_run(cell.config.output_dir)])
+
+
+def _behind(best: Arm, other: Arm, rule: str) -> dict[str, float] | None:
     """What the rule gives the best run of a sweep more than another one, with a 95% interval over the prompts of both;
     None where the truth is known, or where they share fewer than two prompts."""
     from pairtune.maths.statistics import bootstrap_difference
 
-    arms = [Arm(cell.name, cell.method, cell.settings, [read_run(cell.config.output_dir)]) for cell in (best, other)]
-    if is_exact(arms) or len(shared_prompts(arms)) < 2:
+    arms = [best, other]
+    if is_exact(arms) or len(prompts := shared_prompts(arms)) < 2:
         return None
-    values = [
-        found.at("reward", -1)[0] - (cell.config.beta * found.at("kl", -1)[0] if rule == "objective" else 0.0)
-        for cell, found in zip((best, other), evaluated_together(arms), strict=True)
-    ]
+    values = []
+    for arm in arms:
+        found = evaluated(arm, prompts)
+        drift = arm.runs[0].config["beta"] * found.at("kl", -1)[0] if rule == "objective" else 0.0
+        values.append(found.at("reward", -1)[0] - drift)
     return bootstrap_difference(*values)._asdict()
 
 
@@ -700,7 +705,7 @@ def _show_tables(path: Path, config: CompareConfig, grid: Grid, swept: dict[str,
     if content is None:
         content = tables(config, grid, swept)
         report.unlink(missing_ok=True)
-        write_atomic(path / COMPARISON, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_atomic(path / COMPARISON, as_json(content))
     show(content, console)
     if not report.exists():
         from pairtune.evidence.report import write_report

@@ -506,6 +506,11 @@ def _sweep_table(sweep: dict[str, Any]) -> Table:
     return table
 
 
+def behind_by(behind: dict[str, float]) -> str:
+    """How far a run of a sweep lies behind the chosen one."""
+    return "behind by {mean:.3f} [{low:.3f}, {high:.3f}]".format(**behind)
+
+
 def sweep_notes(sweep: dict[str, Any]) -> list[str]:
     """What to think of before a sweep's choice is believed."""
     notes = []

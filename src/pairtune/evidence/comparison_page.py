@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pairtune.config import METHODS
-from pairtune.evidence.comparison import START, same_start, sweep_notes
+from pairtune.evidence.comparison import START, behind_by, same_start, sweep_notes
 from pairtune.evidence.comparison_frontier import (
     Compared,
     ablation_blocks,
@@ -271,8 +271,7 @@ def _sweep(compared: Compared) -> Table | None:
         settings = ", ".join(f"{word} {shown(value)}" for word, value in (line.get("settings") or {}).items())
         numbers_of = [Cell(line.get(name)) for name in ("reward", "kl", "value")]
         edge = ", at the edge" if line.get("method") in at_edge else ""
-        behind = line.get("behind")
-        beside = "" if behind is None else "behind by {mean:.3f} [{low:.3f}, {high:.3f}]".format(**behind)
+        beside = behind_by(line["behind"]) if line.get("behind") else ""
         chosen = f"chosen{edge}" if line.get("chosen") else clean(str(line.get("error") or beside))
         rows.append([str(line.get("method")), settings, *numbers_of, chosen])
     if not rows:

@@ -5,10 +5,10 @@ asked of an arm is the mean over its seeds of what each run is worth. x is the s
 the reward.
 
 Between two evaluations a run is taken as a straight line over the square root of the KL. Near its start the best that
-any policy can do rises with that root (Gao et al. 2022, arXiv 2210.10760, found the same of what training does): a line
-over the KL itself lies far below, and would set back whoever moves far between two evaluations. Where its KL goes up
-and down, the run is at a KL where it first crosses it in time: what a user gets who trains until then, and no choice by
-the reward that would flatter it. Nothing is extrapolated: a KL that one seed of an arm does not reach gives None.
+any policy can do rises with that root, in which Gao et al. (2022, arXiv 2210.10760) describe training too: a line over
+the KL itself lies far below, and would set back whoever moves far between two evaluations. Where its KL goes up and
+down, the run is at a KL where it first crosses it in time: what a user gets who trains until then, and no choice by the
+reward that would flatter it. Nothing is extrapolated: a KL that one seed of an arm does not reach gives None.
 
 Every interval is that of `statistics.crossed_estimate`. A point on a curve is no mean, but it moves with the means of
 its evaluations by known derivatives; those carry the spread of prompts over to it, through the KL as well as the

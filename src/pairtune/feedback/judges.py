@@ -498,8 +498,8 @@ class ModelJudge:
                 f"the judge {self.name} gives A or B a probability that is no number; its weights are damaged, or its "
                 "precision is too low (dtype: float32)."
             )
-        first, mass = logprobs.softmax(-1)[:, 0].tolist(), logprobs.exp().sum(-1).tolist()
-        return [Verdict(probability, mass=both) for probability, both in zip(first, mass, strict=True)]
+        probabilities, masses = logprobs.softmax(-1)[:, 0].tolist(), logprobs.exp().sum(-1).tolist()
+        return [Verdict(probability, mass=mass) for probability, mass in zip(probabilities, masses, strict=True)]
 
     def _write(self, token_ids: list[list[int]], digests: list[str]) -> list[Verdict]:
         prompts = self._batch(token_ids)

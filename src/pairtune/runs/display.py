@@ -397,7 +397,7 @@ def evaluation_table(
 ) -> Table:
     """Before against after, each with its 95% interval. `change` gives the rows of the change where an interval of the
     change itself is known (paired by prompt); else the plain difference is shown."""
-    # Narrow enough for 80 columns: a number and its interval on one line.
+    # Narrow enough for 80 columns, where most numbers stand on one line with their interval; wider ones are wrapped.
     table = Table(box=box.SIMPLE_HEAD, title=Text(title, style="bold"), title_justify="left", show_edge=False)
     table.padding = (0, 0)
     table.add_column("", no_wrap=True)
