@@ -51,6 +51,8 @@ REWARD = "pairtune.demo.vader.vader_sentiment"
 
 TRL_VERSION = "1.16.0"
 SIDES = ("pairtune", "trl")
+MACHINE = "machine"
+"""The process that measures matrix products, apart from both sides: what it frees is neither's memory."""
 PRECISIONS = {"float32": "float32", "autocast": "bfloat16", "bfloat16": "bfloat16"}
 """TRL's precision -> the one of pairtune that it is compared with."""
 MICRO_BATCHES = (24, 8)
@@ -75,10 +77,11 @@ MATMULS = {
 NOTES = (
     "'Times as fast' is the median over pairs of neighbouring steps. 'Peak GiB' is the most memory that the process "
     "held from its start on (VmHWM). 'Of matmul rate' is the share that the whole step reaches of the fastest matrix "
-    "product below, counting only what a step must compute: every prompt encoded once, the head where a completion "
-    "token is predicted, a backward pass as twice its forward pass, no padding and no recomputation. TRL also scores "
-    "the old policy in a pass of its own and, on a CPU, applies the head to every position; its bfloat16 variants keep "
-    "no float32 master weights, which pairtune does."
+    "product below, counting only what a step must compute: what all prompts begin with once for all of them and "
+    "every prompt once for its completions, the head where a completion token is predicted, a backward pass as twice "
+    "its forward pass, no padding and no recomputation. TRL also scores the old policy in a pass of its own and, on a"
+    " CPU, applies the head to every position; its bfloat16 variants keep no float32 master weights, which pairtune "
+    "does."
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -136,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
         "--micro-batch-size", type=_count(1), help="of pairtune, in prompts (default: all 12 prompts at once)"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*SIDES, MACHINE), help=argparse.SUPPRESS)
     return parser
 
 
@@ -215,20 +218,23 @@ class Shape:
 
 
 def count_flops(
-    shape: Shape, prompt_lengths: Sequence[int], num_generations: int, completion_length: int
+    shape: Shape, prompt_lengths: Sequence[int], num_generations: int, completion_length: int, *, opening: int = 0
 ) -> dict[str, dict[str, int]]:
     """Floating-point operations of the matrix products that a step cannot do without: part -> body, attention, head.
 
-    A prompt is encoded once for all its completions, and the head is applied only where a completion token is
+    The first `opening` tokens are those of every prompt and are encoded once for all of them, the rest of a prompt once
+    for all its completions, and the head is applied only where a completion token is
     predicted: at a prompt's last token and at every completion token but the last one, which is never fed back.
     The policy's own pass gives the old log-probabilities. A backward pass takes two products for each one forward.
     Nothing else counts: no padding, no recomputation, no elementwise work, no optimizer.
     """
     fed = completion_length - 1
-    num_prompts, prompt_tokens = len(prompt_lengths), sum(prompt_lengths)
+    num_prompts = len(prompt_lengths)
+    prompt_tokens = sum(prompt_lengths) - (num_prompts - 1) * opening
     decoded = num_prompts * num_generations * fed
     # Pairs of a token and one that it sees, itself included; each costs width multiply-adds in either product.
     prompt_pairs = sum(length * (length + 1) // 2 for length in prompt_lengths)
+    prompt_pairs -= (num_prompts - 1) * (opening * (opening + 1) // 2)
     completion_pairs = num_generations * sum(fed * length + fed * (fed + 1) // 2 for length in prompt_lengths)
     attention = 4 * shape.num_layers * shape.attention_width
     prompts = {
@@ -304,7 +310,8 @@ def worker_command(side: str, variant: Variant, model: str, args: argparse.Names
 def run_session(variant: Variant, model: str, args: argparse.Namespace) -> dict[str, Any]:
     """pairtune and one variant of TRL, step by step in turn, and the machine's matrix products between the rounds."""
     print(f"{variant}: loading both sides", file=sys.stderr, flush=True)
-    workers = {side: Worker(side, worker_command(side, variant, model, args)) for side in SIDES}
+    machine, *sides = (Worker(side, worker_command(side, variant, model, args)) for side in (MACHINE, *SIDES))
+    workers = dict(zip(SIDES, sides, strict=True))
     try:
         loaded = {side: worker.answer() for side, worker in workers.items()}
         if loaded["pairtune"]["threads"] != loaded["trl"]["threads"]:
@@ -316,7 +323,7 @@ def run_session(variant: Variant, model: str, args: argparse.Namespace) -> dict[
                 steps[side].append(worker.ask("step"))
             _check_equal_work(steps["pairtune"][-1], steps["trl"][-1])
             if number >= args.warmup:
-                for name, rate in workers["pairtune"].ask("matmul").items():
+                for name, rate in machine.ask("matmul").items():
                     rates[name].append(rate)
             which = f"step {number + 1 - args.warmup} of {args.steps}"
             if number < args.warmup:
@@ -324,7 +331,7 @@ def run_session(variant: Variant, model: str, args: argparse.Namespace) -> dict[
             took = ", ".join(f"{side} {done[-1]['seconds']:.2f} s" for side, done in steps.items())
             print(f"{variant}: {which}: {took}", file=sys.stderr, flush=True)
     finally:
-        for worker in workers.values():
+        for worker in (machine, *sides):
             worker.close()
     shape, last = Shape(**loaded["pairtune"]["shape"]), steps["pairtune"][-1]
     return {
@@ -332,8 +339,11 @@ def run_session(variant: Variant, model: str, args: argparse.Namespace) -> dict[
         "pairtune_dtype": variant.dtype,
         "threads": loaded["trl"]["threads"],
         "shape": asdict(shape),
-        "flops": count_flops(shape, last["prompt_lengths"], NUM_GENERATIONS, COMPLETION_LENGTH),
+        "flops": count_flops(
+            shape, last["prompt_lengths"], NUM_GENERATIONS, COMPLETION_LENGTH, opening=loaded["pairtune"]["opening"]
+        ),
         "prompt_lengths": last["prompt_lengths"],
+        "opening": loaded["pairtune"]["opening"],
         "completion_tokens": sum(last["completion_lengths"]),
         "matmul_rates": rates,
         **{
@@ -380,6 +390,8 @@ def work(args: argparse.Namespace) -> None:
     """The life of a worker: load, say so, then obey until the pipe is closed."""
     import torch
 
+    from pairtune.runs.memory import freed_memory_kept
+
     channel = Channel()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -388,11 +400,17 @@ def work(args: argparse.Namespace) -> None:
     if args.worker == "trl":
         run_trl(variant, args, channel)
         return
+    if args.worker == MACHINE:
+        for _ in channel.commands():
+            channel.send(matmul_rates(variant.dtype))
+        return
     step = PairtuneStep(pairtune_config(args.model, variant.dtype, args.micro_batch_size))
     shape = Shape.of(step.policy.model)
-    channel.send({"threads": torch.get_num_threads(), "peak_bytes": peak_bytes(), "shape": asdict(shape)})
-    for command in channel.commands():
-        channel.send(step() if command == "step" else matmul_rates(variant.dtype))
+    loaded = {"shape": asdict(shape), "opening": step.opening}
+    channel.send({"threads": torch.get_num_threads(), "peak_bytes": peak_bytes(), **loaded})
+    with freed_memory_kept():
+        for _ in channel.commands():
+            channel.send(step())
 
 
 def pairtune_config(model: str, dtype: str, micro_batch_size: int | None) -> Any:
@@ -440,12 +458,21 @@ class PairtuneStep:
             tokenizer,
             eos_token_ids=(NO_TOKEN,),
             pad_token_id=self.policy.pad_token_id,
+            opening=self.policy.scorer.opening,
         )
         self.config, self.algorithm = config, ALGORITHMS[config.algorithm]
         self.optimizer = make_optimizer(config, self.policy.masters)
         self.progress = rl.Progress()
         self.timer = Timer()
         timed(rl, "_apply_gradients", self.timer, "optimizer")
+
+    @property
+    def opening(self) -> int:
+        """Tokens that all the prompts of a step begin with."""
+        from pairtune.models.opening import opening_length
+
+        batch = self.prompts.batch(range(NUM_PROMPTS), device="cpu")
+        return opening_length(batch.ids, batch.mask)
 
     def __call__(self) -> dict[str, Any]:
         from pairtune.experience import collect

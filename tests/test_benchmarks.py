@@ -76,19 +76,20 @@ def a_record(*sessions: dict[str, Any]) -> dict[str, Any]:
 # The work that a step must do
 
 
-def test_flops_are_those_of_every_token_one_by_one(bench):
+@pytest.mark.parametrize("opening", [0, 1])
+def test_flops_are_those_of_every_token_one_by_one(bench, opening):
     """Against a walk over all tokens and all keys that each of them sees."""
     shape = bench.Shape(body_weights=1000, head_weights=700, num_layers=3, attention_width=16)
     lengths, num_generations, completion_length = [5, 2, 9], 2, 4
-    flops = bench.count_flops(shape, lengths, num_generations, completion_length)
+    flops = bench.count_flops(shape, lengths, num_generations, completion_length, opening=opening)
 
     def token(num_seen: int) -> tuple[int, int]:
         scores, mixture = (2 * shape.num_layers * shape.attention_width * num_seen for _ in range(2))
         return 2 * shape.body_weights, scores + mixture
 
     expected = {part: {"body": 0, "attention": 0, "head": 0} for part in ("prompts", "decoding")}
-    for length in lengths:
-        for position in range(length):
+    for place, length in enumerate(lengths):
+        for position in range(0 if place == 0 else opening, length):  # the first prompt's opening is that of all
             body, attention = token(position + 1)
             expected["prompts"]["body"] += body
             expected["prompts"]["attention"] += attention

@@ -291,6 +291,26 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_tokenizer: Any, way: st
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_policy_and_reference_are_one_where_all_prompts_begin_alike(tiny_tokenizer: Any, way: str) -> None:
+    policy = load_policy(build_tiny_model("llama"), tokenizer=tiny_tokenizer, **WAYS[way])
+    completions = some_completions()
+    completions.prompt_ids[:], completions.prompt_mask[:] = completions.prompt_ids[:1], True
+    layout = policy.scorer.layout(completions)
+    assert layout.opening == 3
+    with torch.no_grad():
+        own, ref = (scorer.logprobs(layout, scorer.features(layout))[0] for scorer in (policy.scorer, policy.reference))
+    assert torch.equal(own, ref)
+    assert own.any()
+
+
+def test_layers_that_compute_again_share_no_opening(tiny_tokenizer: Any) -> None:
+    """They keep no keys and values for those who come after."""
+    policy = load_policy(build_tiny_model("llama"), tokenizer=tiny_tokenizer, gradient_checkpointing=True)
+    assert not policy.scorer.opening
+    assert not policy.reference.opening
+
+
 @pytest.mark.parametrize(("num_layers", "shown"), [(3, "3"), (0, "0"), (-1, "-1")])
 def test_more_layers_than_there_are(tiny_llama: Any, tiny_tokenizer: Any, num_layers: int, shown: str) -> None:
     sentence = f"trainable_layers: {shown} is out of range, this model has 2 decoder layers; give a number from 1 to 2"

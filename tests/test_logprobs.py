@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -29,6 +30,7 @@ from transformers import (
 from pairtune.models import logprobs
 from pairtune.models.logprobs import (
     Scorer,
+    can_share_opening,
     can_share_prefix,
     can_split,
     check_head,
@@ -36,6 +38,7 @@ from pairtune.models.logprobs import (
     divergence,
     make_layout,
 )
+from pairtune.models.opening import opening_length
 from pairtune.types import Completions
 
 VOCAB = 61
@@ -191,6 +194,152 @@ def test_padding_changes_nothing(shared: bool) -> None:
         wide, _ = scorer.logprobs(scorer.layout(wider))
     assert torch.equal(wide[..., :-4], narrow)
     assert not wide[..., -4:].any()
+
+
+# ---- what all prompts begin with
+
+
+def alike_batch(num_prompts: int = 4, num_alike: int = 4, **sizes: int) -> Completions:
+    """A ragged batch whose prompts, of 5 to 9 tokens, begin with the same ones."""
+    completions = ragged_batch(num_prompts=num_prompts, width=9, **sizes)
+    prompt_mask = torch.arange(9) >= torch.arange(num_prompts)[:, None] % 5
+    generator = torch.Generator().manual_seed(5)
+    prompt_ids = torch.randint(2, VOCAB, prompt_mask.shape, generator=generator)
+    for prompt, real in zip(prompt_ids, prompt_mask, strict=True):
+        start = int((~real).sum())
+        prompt[start : start + num_alike] = torch.arange(2, 2 + num_alike)
+        prompt[start + num_alike] = 20 + start  # and here they part
+    return dataclasses.replace(completions, prompt_ids=prompt_ids.masked_fill(~prompt_mask, 0), prompt_mask=prompt_mask)
+
+
+SHARING = ["llama", "qwen2", "qwen3", "gpt2"]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", SHARING)
+def test_with_the_opening_once_logprobs_equal_a_plain_forward_pass(name: str, attention: str) -> None:
+    model, completions = tiny(name), alike_batch()
+    model.set_attn_implementation(attention)
+    expected, expected_entropy = plain_logprobs(model, completions, temperature=0.7)
+    scorer = Scorer(model, shared=True, opening=True)
+    layout = scorer.layout(completions)
+    assert layout.opening == 4
+    with torch.no_grad():
+        logprobs, entropies = scorer.logprobs(layout, temperature=0.7, with_entropy=True)
+    torch.testing.assert_close(logprobs, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(entropies, expected_entropy, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_with_the_opening_once_the_gradient_is_the_same(name: str) -> None:
+    """Through keys and values of every prompt into the one opening; in float64, against every prompt for itself. All
+    but GPT-2 round to float32 in their norms."""
+    model, completions = tiny(name).double(), alike_batch()
+    weights = torch.rand(completions.completion_mask.shape, dtype=torch.float64, generator=torch.Generator())
+
+    def gradients(opening: bool) -> dict[str, Tensor]:
+        scorer = Scorer(model, shared=True, opening=opening)
+        model.zero_grad()
+        (scorer.logprobs(scorer.layout(completions))[0] * weights).sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    once, each = gradients(opening=True), gradients(opening=False)
+    tolerance = 1e-10 if name == "gpt2" else 1e-5
+    for parameter in each:
+        assert (once[parameter] - each[parameter]).norm() <= tolerance * each[parameter].norm(), parameter
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_of_tied_embeddings_meet_in_one_tensor(tied: bool) -> None:
+    """The embeddings' own is sparse where the head has one to add it to, over several micro-batches too."""
+    model, completions = tiny("llama", tie_word_embeddings=tied), alike_batch()
+
+    def gradients(opening: bool) -> dict[str, Tensor]:
+        scorer = Scorer(model, shared=True, opening=opening)
+        layout = scorer.layout(completions)
+        model.zero_grad()
+        for prompts in torch.arange(4).split(2):
+            scorer.logprobs(layout.select(prompts))[0].sum().backward()
+        assert all(parameter.grad.layout is torch.strided for parameter in model.parameters())
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    once, each = gradients(opening=True), gradients(opening=False)
+    for name in each:
+        assert (once[name] - each[name]).norm() <= 1e-5 * each[name].norm(), name
+
+
+def test_the_opening_goes_through_every_layer_once() -> None:
+    model, completions = tiny("llama"), alike_batch()
+    seen: list[tuple[int, int]] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[:2])))
+    scorer = Scorer(model, shared=True, opening=True)
+    layout = scorer.layout(completions)
+    scorer.logprobs(layout)
+    assert seen == [(1, 4)] * 3 + [(4, layout.segments.shape[1] - 4)] * 3
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_with_the_opening_once_trunk_and_top_are_the_whole(name: str) -> None:
+    model, completions = tiny(name), alike_batch()
+    whole = Scorer(model, shared=True, opening=True)
+    top = Scorer(model, shared=True, opening=True, num_top_layers=2)
+    layout = whole.layout(completions)
+    assert layout.opening == 4
+    with torch.no_grad():
+        expected, _ = whole.logprobs(layout)
+        features = top.features(layout)
+        assert torch.equal(top.logprobs(layout, features)[0], expected)
+        prompts = torch.tensor([2, 1])
+        part, _ = top.logprobs(layout.select(prompts), layout.rows(prompts, features))
+        alone, _ = top.logprobs(layout.select(prompts[:1]), layout.rows(prompts[:1], features))
+    assert torch.equal(part, expected[prompts])
+    torch.testing.assert_close(alone, expected[prompts[:1]], rtol=0, atol=1e-5)
+
+
+def test_which_architectures_share_an_opening() -> None:
+    assert all(can_share_opening(tiny(name)) for name in SHARING)
+
+
+def test_an_opening_that_is_ignored_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    forward = model.model.forward
+    monkeypatch.setattr(
+        model.model, "forward", lambda *a, past_key_values=None, **k: forward(*a, past_key_values=None, **k)
+    )
+    assert can_share_prefix(model)
+    assert not can_share_opening(model)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length"),
+    [
+        (["abcd", "abce", "abcf"], 3),
+        (["abcd", "abc", "abcdef"], 2),  # of the shortest, one token is its own
+        (["abcd", "abcd", "abcd"], 3),
+        (["abcd"], 0),
+        (["abcd", "xbcd"], 0),
+        (["a", "a", "a"], 0),
+        (["ab" + "c" * 20, "ax" + "c" * 20], 0),  # spares one token of 44
+        (["ab" + "c" * 8, "ax" + "c" * 7, "ay" + "c" * 8], 1),  # spares two of 29
+    ],
+)
+def test_the_length_of_an_opening(prompts: list[str], length: int) -> None:
+    width = max(map(len, prompts)) + 1
+    ids = torch.tensor([[0] * (width - len(prompt)) + [ord(letter) for letter in prompt] for prompt in prompts])
+    assert opening_length(ids, ids > 0) == length
+
+
+def test_an_opening_that_spares_little_of_a_pass_is_left_where_it_is() -> None:
+    completions = alike_batch()
+    prompt_tokens = int(completions.prompt_mask.sum())
+    assert opening_length(completions.prompt_ids, completions.prompt_mask, num_tokens=12 * 16) == 4
+    assert opening_length(completions.prompt_ids, completions.prompt_mask, num_tokens=12 * 16 + 1) == 0
+    assert make_layout(completions, shared=True, opening=True).opening == 4
+    assert make_layout(completions, shared=True).opening == make_layout(completions, shared=False, opening=True).opening
+    longer = alike_batch(length=60, num_generations=6)
+    assert longer.completion_mask.sum() > 12 * 16 - prompt_tokens
+    assert make_layout(longer, shared=True, opening=True).opening == 0
 
 
 @pytest.mark.parametrize(("name", "splits"), [("llama", True), ("qwen2", True), ("qwen3", True), ("gpt2", False)])

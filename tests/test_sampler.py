@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,8 +99,17 @@ def make_prompts(lengths: list[int], rows: list[int] | None = None, vocab_size: 
     return Prompts(ids=ids, mask=mask, rows=torch.tensor(rows), prompts=["" for _ in lengths])
 
 
-def make_sampler(model: nn.Module, eos: tuple[int, ...] = ()) -> HFSampler:
-    return HFSampler(model, letters_tokenizer(), eos_token_ids=eos, pad_token_id=PAD)
+def make_sampler(model: nn.Module, eos: tuple[int, ...] = (), opening: bool = False) -> HFSampler:
+    return HFSampler(model, letters_tokenizer(), eos_token_ids=eos, pad_token_id=PAD, opening=opening)
+
+
+def alike(prompts: Prompts, num_alike: int) -> Prompts:
+    """The same prompts, the first tokens of each replaced by the same ones."""
+    ids = prompts.ids.clone()
+    for row, mask in zip(ids, prompts.mask, strict=True):
+        start = int((~mask).sum())
+        row[start : start + num_alike] = torch.arange(1, 1 + num_alike)
+    return replace(prompts, ids=ids)
 
 
 def sample(
@@ -108,12 +118,13 @@ def sample(
     num_generations: int = 2,
     *,
     eos: tuple[int, ...] = (),
+    opening: bool = False,
     seed: int = 0,
     stream: int = 0,
     **params: Any,
 ) -> Completions:
     params = {"max_completion_length": 8, **params}
-    return make_sampler(model, eos).generate(
+    return make_sampler(model, eos, opening).generate(
         prompts, num_generations, SamplingParams(**params), seed=seed, stream=stream
     )
 
@@ -370,6 +381,34 @@ def test_logprobs_equal_a_plain_forward_pass(name: str) -> None:
         torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("max_completion_length", [2, 12])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_with_the_opening_once_logprobs_equal_a_plain_forward_pass(name: str, max_completion_length: int) -> None:
+    """Tails of prompts shorter and longer than the room that a cache begins with."""
+    model, prompts = tiny_model(name), alike(make_prompts([7, 12, 9, 6, 25]), 5)
+    words = {"eos": (5, 6, 7, 8), "max_completion_length": max_completion_length}
+    completions = sample(model, prompts, 3, opening=True, **words)
+    for _, _, prompt, ids, logprobs in each_completion(completions):
+        expected = plain_logits(model, prompt, ids).log_softmax(-1).gather(1, ids[:, None])[:, 0]
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    without = sample(model, prompts, 3, **words)
+    assert torch.equal(completions.completion_ids, without.completion_ids)
+    assert torch.equal(completions.prompt_mask, without.prompt_mask)
+
+
+def test_the_opening_is_encoded_once() -> None:
+    model, inputs = tiny_model("llama"), []
+    model.register_forward_hook(
+        lambda _, __, words, ___: inputs.append(tuple(words["input_ids"].shape)), with_kwargs=True
+    )
+    prompts = alike(make_prompts([7, 12, 9]), 5)
+    sample(model, prompts, 2, opening=True, max_completion_length=3)
+    assert inputs == [(1, 5), (3, 7), (6, 1), (6, 1)]
+    inputs.clear()
+    sample(model, make_prompts([7, 12, 9]), 2, opening=True, max_completion_length=1)
+    assert inputs == [(3, 12)]  # these begin with different tokens
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-hybrid"])
 def test_a_cache_that_outgrows_its_buffer_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = tiny_model(name), make_prompts([3, 9])
@@ -408,6 +447,7 @@ def test_the_preallocated_cache_equals_the_librarys(name: str) -> None:
     for cache in (ours, theirs):
         cache.batch_select_indices(keep)
     rows = 4
+    compare(9)  # more than there is room for, at once
     for _ in range(4):
         compare(1)
     assert [type(a) is type(b) for a, b in zip(ours.layers, theirs.layers, strict=True)] == [False] * len(theirs.layers)

@@ -42,7 +42,7 @@ from pairtune.models.loading import (
     load_tokenizer,
     refuse_other_heads,
 )
-from pairtune.models.logprobs import Scorer, can_share_prefix, causal_lm, divergence
+from pairtune.models.logprobs import Scorer, can_share_opening, can_share_prefix, causal_lm, divergence
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler, Sampler
 from pairtune.models.weights import resolve_model
 from pairtune.runs.display import evaluation_summary, make_console, progress
@@ -170,7 +170,13 @@ def evaluate(
     prompts = load_eval_prompts(config, tokenizer, dataset)
     rewards = load_rewards(config, tokenizer, prompts, reward_funcs)
     policy = load_pair(config, tokenizer)
-    sampler = HFSampler(policy.model, tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id)
+    sampler = HFSampler(
+        policy.model,
+        tokenizer,
+        eos_token_ids=policy.eos_token_ids,
+        pad_token_id=policy.pad_token_id,
+        opening=policy.scorer.opening,
+    )
     with progress("evaluating", num_evaluated(prompts, config)) as advance:
         line, samples = evaluate_policy(
             policy, sampler, rewards, prompts, config, step=0, batch_size=config.batch_size, advance=advance
@@ -256,11 +262,12 @@ def load_pair(config: EvaluateConfig, tokenizer: Any) -> LoadedPolicy:
             f"{sizes[0]}; a KL needs two models of one vocabulary."
         )
     shared = can_share_prefix(model) and can_share_prefix(other)
+    opening = shared and can_share_opening(model) and can_share_opening(other)
     return LoadedPolicy(
         model=model,
         tokenizer=tokenizer,
-        scorer=Scorer(model, shared=shared),
-        reference=Scorer(other, shared=shared),
+        scorer=Scorer(model, shared=shared, opening=opening),
+        reference=Scorer(other, shared=shared, opening=opening),
         masters=MasterWeights([]),
         eos_token_ids=eos_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,

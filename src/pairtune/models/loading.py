@@ -11,8 +11,9 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from pairtune.models.logprobs import (
     Scorer,
     TokenScores,
     body,
+    can_share_opening,
     can_share_prefix,
     can_split,
     causal_lm,
@@ -378,6 +380,8 @@ def load_policy(
     refuse_other_heads(model)
     value: ValueFunction | None = None
     shared = can_share_prefix(model)
+    # Layers that compute their activations again keep no cache.
+    opening = shared and not gradient_checkpointing and can_share_opening(model)
     if with_values and value_model is None:
         value = _value_head(model)
         notes.append("values come from a linear head on the policy")
@@ -392,6 +396,7 @@ def load_policy(
         )
         # One layout for both: a second one would have widths, and so roundings, of its own.
         shared = shared and can_share_prefix(value.model)
+        opening = opening and shared and can_share_opening(value.model)
         size = sum(p.numel() for _, p in value.named_parameters())
         notes.append(f"values come from a network of their own, {size / 1e6:.1f}M parameters, all trained")
     if with_reference:
@@ -401,14 +406,16 @@ def load_policy(
             else "this architecture takes one row a completion"
         )
 
+    scorer_of = partial(Scorer, shared=shared, opening=opening)
     if lora_r is not None:
-        model, scorer, reference = _with_adapter(model, shared, lora_r, lora_alpha, lora_target_modules)
+        model = _with_adapter(model, lora_r, lora_alpha, lora_target_modules)
+        scorer, reference = scorer_of(model), scorer_of(model, context=model.disable_adapter)
     elif trainable_layers is not None:
-        scorer, reference = _top_layers(model, shared, trainable_layers)
+        scorer, reference = _top_layers(model, trainable_layers, scorer_of)
     else:
         model.requires_grad_(True)
-        scorer = Scorer(model, shared=shared)
-        reference = Scorer(frozen_copy(model), shared=shared) if with_reference else scorer
+        scorer = scorer_of(model)
+        reference = scorer_of(frozen_copy(model)) if with_reference else scorer
     if gradient_checkpointing:
         checkpoint_activations(causal_lm(model))
         if lora_r is not None:
@@ -566,12 +573,12 @@ def _narrow(module: nn.Module, _: Any, __: Any) -> None:
         parameter.data = parameter.data.bfloat16()
 
 
-def _top_layers(model: Any, shared: bool, trainable_layers: int) -> tuple[Scorer, Scorer]:
+def _top_layers(model: Any, trainable_layers: int, scorer_of: Callable[..., Scorer]) -> tuple[Scorer, Scorer]:
     """Train the last layers only; the reference shares everything below them, so the trunk runs once for both."""
     train_last_layers(model, trainable_layers)
     if not can_split(model, trainable_layers):
-        return Scorer(model, shared=shared), Scorer(frozen_copy(model), shared=shared)
-    scorer = Scorer(model, shared=shared, num_top_layers=trainable_layers)
+        return scorer_of(model), scorer_of(frozen_copy(model))
+    scorer = scorer_of(model, num_top_layers=trainable_layers)
     return scorer, scorer.with_top(frozen_top(scorer.top))
 
 
@@ -603,10 +610,8 @@ def train_last_layers(model: Any, trainable_layers: int) -> None:
         norm.requires_grad_(True)
 
 
-def _with_adapter(
-    model: Any, shared: bool, rank: int, alpha: int, target_modules: str | list[str]
-) -> tuple[Any, Scorer, Scorer]:
-    """Train a LoRA adapter; the reference is the same module with the adapter switched off."""
+def _with_adapter(model: Any, rank: int, alpha: int, target_modules: str | list[str]) -> Any:
+    """The model with a LoRA adapter to train; the reference is the same module with the adapter switched off."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -620,4 +625,4 @@ def _with_adapter(
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(next(model.parameters()).dtype)
-    return adapted, Scorer(adapted, shared=shared), Scorer(adapted, shared=shared, context=adapted.disable_adapter)
+    return adapted

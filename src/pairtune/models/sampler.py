@@ -1,8 +1,8 @@
 """Sampling completions from a Hugging Face causal language model, in this process.
 
-The prompt is encoded once for its K completions, rows that have ended leave the batch, and every token is drawn with
-one uniform number that depends only on (seed, stream, dataset row, completion, token): which other rows stand in the
-batch changes nothing but the last bits of the arithmetic.
+What all prompts begin with is encoded once, a prompt once for its K completions, rows that have ended leave the batch,
+and every token is drawn with one uniform number that depends only on (seed, stream, dataset row, completion, token):
+which other rows stand in the batch changes nothing but the last bits of the arithmetic.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from pairtune.errors import PairtuneError
 from pairtune.maths.random import counter_uniforms
+from pairtune.models.opening import opening_length
 from pairtune.models.packing import packed_linears
 from pairtune.types import Completions, Prompts
 
@@ -87,6 +88,7 @@ class HFSampler:
     tokenizer: read for stop strings only.
     eos_token_ids: any of them ends a completion and stays in it.
     pad_token_id: what `completion_ids` holds where masked.
+    opening: whether what all prompts begin with may be encoded once (`can_share_opening` tells).
     """
 
     def __init__(
@@ -96,11 +98,13 @@ class HFSampler:
         *,
         eos_token_ids: tuple[int, ...],
         pad_token_id: int,
+        opening: bool = False,
     ) -> None:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.pad_token_id = pad_token_id
+        self.opening = opening
         # Some architectures read positions off the mask (BLOOM), and some always return all logits.
         causal_lm: Any = getattr(model, "get_base_model", lambda: model)()
         self.accepts = set(inspect.signature(causal_lm.forward).parameters)
@@ -139,17 +143,17 @@ class HFSampler:
         truncated = torch.ones(num_rows, dtype=torch.bool, device=device)
         # Whatever follows is kept for the rows still in the batch; `rows` says which they are.
         rows = torch.arange(num_rows, device=device)
-        mask = F.pad(prompt_mask, (0, max_length), value=True).repeat_interleave(num_generations, 0)
         width = prompt_mask.shape[1]
 
         # The prompts' pass too: packed products of many rows are as fast as plain ones, and its head sees few rows.
         packed = packed_linears(self.model, num_rows=num_rows, num_steps=max_length)
         with torch.no_grad(), _evaluating(self.model), packed:
             cache = preallocated_cache(self.model.config, room=min(max_length, ROOM))
-            positions = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
             # One row a prompt; its K completions start from the same logits and from copies of the same cache.
-            logits = self._next_logits(prompt_ids, prompt_mask, positions, cache).repeat_interleave(num_generations, 0)
-            positions = positions[:, -1:].repeat_interleave(num_generations, 0)
+            logits, mask = self._encode(prompt_ids, prompt_mask, cache)
+            logits, mask = logits.repeat_interleave(num_generations, 0), mask.repeat_interleave(num_generations, 0)
+            mask = F.pad(mask, (0, max_length), value=True)
+            positions = prompt_mask.sum(-1, keepdim=True).repeat_interleave(num_generations, 0) - 1
             cache.batch_repeat_interleave(num_generations)
             for t in range(max_length):
                 law = truncate_logits(_cooled(logits, params.temperature), top_p=params.top_p, top_k=params.top_k)
@@ -187,6 +191,24 @@ class HFSampler:
             truncated=truncated.reshape(shape[:2]),
             policy_version=policy_version,
         )
+
+    def _encode(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+        """(P, V) logits of the token after each prompt, and the mask (P, W) of what the cache then holds.
+
+        ids, mask: (P, W), padded on the left; where all prompts begin alike, the cache holds that in its first columns
+        and a row's padding behind it.
+        """
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        length = opening_length(ids, mask) if self.opening else 0
+        if length == 0:
+            return self._next_logits(ids, mask, positions, cache), mask
+        opening = ids[:1][mask[:1]][None, :length]
+        columns = torch.arange(length, device=ids.device)[None]
+        self._next_logits(opening, torch.ones_like(opening, dtype=torch.bool), columns, cache)
+        cache.batch_repeat_interleave(len(ids))
+        mask = mask & (positions >= length)
+        mask[:, :length] = True
+        return self._next_logits(ids[:, length:], mask, positions[:, length:], cache), mask
 
     def _next_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """(n, V) logits of the token after `ids` (n, q); mask (n, past + q) and positions (n, q) belong to it."""
@@ -351,7 +373,7 @@ class _TokenBuffer:
     def append(self, states: Tensor) -> Tensor:
         """Takes in new tokens; returns what they attend to, themselves included."""
         if self.stop + states.shape[2] > self.buffer.shape[2]:
-            self.repeat(1)
+            self.repeat(1, room=self.room + states.shape[2])
         start, self.stop = self.start, self.stop + states.shape[2]
         attended = self.buffer[: self.rows, :, start : self.stop]
         attended[:, :, -states.shape[2] :] = states
@@ -364,11 +386,12 @@ class _TokenBuffer:
         self.buffer[to, :, kept] = self.buffer[indices[to], :, kept]
         self.rows = len(indices)
 
-    def repeat(self, repeats: int) -> None:
+    def repeat(self, repeats: int, room: int | None = None) -> None:
         """Each row so many times, in a new buffer with room for more tokens; tokens out of the window stay behind."""
+        room = self.room if room is None else room
         kept = self.view
         rows, heads, tokens, size = kept.shape
-        self.buffer = kept.new_empty(rows * repeats, heads, tokens + self.room, size)
+        self.buffer = kept.new_empty(rows * repeats, heads, tokens + room, size)
         self.buffer.unflatten(0, (rows, repeats))[..., :tokens, :] = kept[:, None]
         self.rows, self.stop = rows * repeats, tokens
 

@@ -1,9 +1,12 @@
-"""A GPU without room ends what is done with one sentence."""
+"""Memory: what is freed on a CPU is kept for the next step; a GPU without room ends what is done with one sentence."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import re
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +15,36 @@ from pairtune.errors import PairtuneError
 
 LESS_LOADED = "train less of the model (trainable_layers, lora_r), or choose a smaller one"
 """What helps where the weights alone do not fit."""
+
+
+# The parameters of glibc's mallopt (malloc.h), what a training run sets them to, and glibc's own beginning.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_THRESHOLD: 2**30}
+_USUAL = {_TRIM_THRESHOLD: 2**17, _MMAP_THRESHOLD: 2**17}
+_ITS_WORDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Within the block, large tensors on the CPU are freed to the process, not to the system; at its end, all is.
+
+    A step makes and frees tensors of the same sizes again and again. By default each comes from the system as pages
+    that are cleared when they are first touched, a part of the time of a step (benchmarks/cpu_passes.py). What a user
+    has set for the C library wins; one that is not glibc, or another allocator in its place, is left alone.
+    """
+    library = ctypes.CDLL(None) if sys.platform == "linux" and not os.environ.keys() & set(_ITS_WORDS) else None
+    set_option = getattr(library, "mallopt", None)
+    if set_option is None:
+        yield
+        return
+    try:
+        for option, value in _KEPT.items():
+            set_option(option, value)
+        yield
+    finally:
+        for option, value in _USUAL.items():
+            set_option(option, value)
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pairtune.config import VERB_OF, RunWords, SupervisedWords
 from pairtune.errors import PairtuneError
 from pairtune.runs import checkpoint, distributed, folder
 from pairtune.runs.display import Display
-from pairtune.runs.memory import what_happened
+from pairtune.runs.memory import freed_memory_kept, what_happened
 from pairtune.runs.metrics import RunLog, Timer
 from pairtune.runs.signals import stop_on_signals
 
@@ -53,6 +53,8 @@ class Loop:
         self.config, self.run_dir, self.progress, self.display = config, run_dir, progress, display
         self.num_steps, self.device = num_steps, device
         self.timer = Timer(device)
+        if device.type == "cpu":
+            stack.enter_context(freed_memory_kept())
         self.log: RunLog | None = None
         if distributed.is_main():
             folder.write_environment(run_dir, compute_dtype=str(dtype), device=str(device))

@@ -226,7 +226,11 @@ def _loop(
     """Collect, update, log: step after step, in the `Loop` that evaluates and saves."""
     algorithm = ALGORITHMS[config.algorithm]
     sampler = HFSampler(
-        policy.model, policy.tokenizer, eos_token_ids=policy.eos_token_ids, pad_token_id=policy.pad_token_id
+        policy.model,
+        policy.tokenizer,
+        eos_token_ids=policy.eos_token_ids,
+        pad_token_id=policy.pad_token_id,
+        opening=policy.scorer.opening,
     )
     policy.masters.copy_from_main()
     optimizer = make_optimizer(config, policy.masters)
