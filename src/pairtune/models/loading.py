@@ -400,8 +400,9 @@ def load_policy(
         size = sum(p.numel() for _, p in value.named_parameters())
         notes.append(f"values come from a network of their own, {size / 1e6:.1f}M parameters, all trained")
     if with_reference:
+        once = "what prompts begin with is encoded once for a batch, " if opening else ""
         notes.append(
-            "prompts are encoded once for all their completions"
+            f"{once}prompts are encoded once for all their completions"
             if shared
             else "this architecture takes one row a completion"
         )

@@ -192,13 +192,21 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     return max(16, budget // (4 * vocab_size))
 
 
+def _on_cpu_in_float32(tensor: Tensor) -> bool:
+    """Where what is done about the vocabulary's products and gradients was measured."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
+
+
 def _chunks(num_tokens: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """(n, V) float32 logits (float64 where the model is), as the compute precision gives them."""
-    if hidden.dtype == torch.float32 and hidden.device.type == "cpu":
+def _chunk_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, *, any_strides: bool = False
+) -> Tensor:
+    """(n, V) float32 logits (float64 where the model is), as the compute precision gives them. With `any_strides` those
+    of one token need not stand side by side."""
+    if any_strides and _on_cpu_in_float32(hidden):
         # The same product the other way round, which is a fifth faster where the tokens are few beside the vocabulary.
         logits = torch.mm(weight, hidden.T).T
         logits = logits if bias is None else logits.add_(bias)
@@ -236,7 +244,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         kept: list[Tensor | None] = [None, None]
         normaliser = torch.empty_like(logprobs)
         for rows in _chunks(len(targets), chunk):
-            logits = _chunk_logits(hidden[rows], weight, bias, temperature)
+            logits = _chunk_logits(hidden[rows], weight, bias, temperature, any_strides=True)
             picked = logits.gather(1, targets[rows, None]).squeeze(1)
             top = logits.amax(1, keepdim=True)
             if with_entropy:
@@ -279,7 +287,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             # onto hidden states, which are narrow beside a vocabulary.
             scale = -grad[rows, None] / ctx.temperature
             if kept is None:
-                error = _chunk_logits(hidden[rows], weight, bias, ctx.temperature).sub_(normaliser[rows, None]).exp_()
+                error = _chunk_logits(hidden[rows], weight, bias, ctx.temperature, any_strides=True)
+                error.sub_(normaliser[rows, None]).exp_()
                 error.scatter_add_(1, targets[rows, None], torch.full_like(scale, -1.0))
             else:
                 error, scale = kept, scale / mass[:, None]
@@ -406,11 +415,11 @@ class Scorer:
         """(R, W, H) the decoder's own embeddings. Where the head has the same weights, their gradient is sparse: it is
         added to that of the head, and no second tensor of the vocabulary's size is made."""
         embedding: Any = self.top.get_input_embeddings()
-        weight = embedding.weight
-        plain = type(embedding) is nn.Embedding and weight.dtype == torch.float32 and embedding.max_norm is None
-        if weight is self.head.weight and plain and not embedding._forward_pre_hooks and not embedding._forward_hooks:
-            return F.embedding(ids, weight, embedding.padding_idx, sparse=True)
-        return embedding(ids)
+        tied = type(embedding) is nn.Embedding and embedding.weight is self.head.weight
+        hooked = bool(embedding._forward_pre_hooks or embedding._forward_hooks)
+        if not tied or hooked or embedding.max_norm is not None or not _on_cpu_in_float32(embedding.weight):
+            return embedding(ids)
+        return F.embedding(ids, embedding.weight, embedding.padding_idx, sparse=True)
 
     def head_weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The vocabulary head's weight and bias in the precision of the hidden states (a reference may store them in

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 # What packing costs and gains, measured on two cores of an EPYC with AVX2 for products of 24 rows: 2 to 3 ns a weight
-# once, 1 to 2 where freed memory is kept and no page is new, and each pass 0.6 ns a weight of an output head (28M), 0.4
-# of a matrix of 4M, 0.15 of one of 0.3M to 0.9M, 0.1 of smaller ones.
+# once, up to 8 where its pages are new, and each pass 0.6 ns a weight of an output head (28M), 0.4 of a matrix of 4M,
+# 0.15 of one of 0.3M to 0.9M, 0.1 of smaller ones.
 LARGE = 2**21
 """Weights from which a layer is packed for MIN_STEPS passes."""
 
