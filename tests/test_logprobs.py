@@ -301,6 +301,17 @@ def test_which_architectures_share_an_opening() -> None:
     assert all(can_share_opening(tiny(name)) for name in SHARING)
 
 
+def test_a_model_without_embeddings_shares_no_opening() -> None:
+    model = tiny("llama")
+
+    def missing() -> nn.Module:
+        raise NotImplementedError
+
+    model.model.get_input_embeddings = missing
+    assert can_share_prefix(model)
+    assert not can_share_opening(model)
+
+
 def test_an_opening_that_is_ignored_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     forward = model.model.forward

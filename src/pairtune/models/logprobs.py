@@ -674,14 +674,14 @@ def _probe_states(
     )
     layout = make_layout(sampled, shared=shared, opening=opening)
     inputs = {"input_ids": layout.input_ids}
-    if opening:  # as a Scorer does
-        inputs = {"inputs_embeds": decoder.get_input_embeddings()(layout.input_ids)}
     try:
+        if opening:  # as a Scorer does
+            inputs = {"inputs_embeds": decoder.get_input_embeddings()(layout.input_ids)}
         hidden = run_decoder(decoder, layout, inputs)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, IndexError):
-        if shared:  # the architecture takes no mask of four dimensions, or no cache
+        if shared:  # the architecture takes no mask of four dimensions, has no embeddings, or keeps no cache
             return None
         raise
     return layout.predicting(hidden).view(*completion_ids.shape, -1).float()
