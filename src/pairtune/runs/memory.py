@@ -17,10 +17,11 @@ LESS_LOADED = "train less of the model (trainable_layers, lora_r), or choose a s
 """What helps where the weights alone do not fit."""
 
 
-# The parameters of glibc's mallopt (malloc.h), what a training run sets them to, and glibc's own beginning.
+# The parameters of glibc's mallopt (malloc.h), what a training run sets them to, and what it leaves: glibc raises both
+# to these by itself where large blocks are freed, but no longer once they have been set.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _MMAP_THRESHOLD: 2**30}
-_USUAL = {_TRIM_THRESHOLD: 2**17, _MMAP_THRESHOLD: 2**17}
+_AFTERWARDS = {_TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25}
 _ITS_WORDS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
 
 
@@ -33,18 +34,17 @@ def freed_memory_kept() -> Iterator[None]:
     has set for the C library wins; one that is not glibc, or another allocator in its place, is left alone.
     """
     library = ctypes.CDLL(None) if sys.platform == "linux" and not os.environ.keys() & set(_ITS_WORDS) else None
-    set_option = getattr(library, "mallopt", None)
-    if set_option is None:
+    if library is None or not hasattr(library, "mallopt"):
         yield
         return
     try:
         for option, value in _KEPT.items():
-            set_option(option, value)
+            library.mallopt(option, value)
         yield
     finally:
-        for option, value in _USUAL.items():
-            set_option(option, value)
-        ctypes.CDLL(None).malloc_trim(0)
+        for option, value in _AFTERWARDS.items():
+            library.mallopt(option, value)
+        library.malloc_trim(0)
 
 
 @contextlib.contextmanager
