@@ -79,8 +79,8 @@ NOTES = (
     "held from its start on (VmHWM). 'Of matmul rate' is the share that the whole step reaches of the fastest matrix "
     "product below, counting only what a step must compute: what all prompts begin with once for all of them and "
     "every prompt once for its completions, the head where a completion token is predicted, a backward pass as twice "
-    "its forward pass, no padding and no recomputation. TRL also scores the old policy in a pass of its own and, on a"
-    " CPU, applies the head to every position; its bfloat16 variants keep no float32 master weights, which pairtune "
+    "its forward pass, no padding and no recomputation. TRL also scores the old policy in a pass of its own and, on a "
+    "CPU, applies the head to every position; its bfloat16 variants keep no float32 master weights, which pairtune "
     "does."
 )
 
@@ -223,10 +223,10 @@ def count_flops(
     """Floating-point operations of the matrix products that a step cannot do without: part -> body, attention, head.
 
     The first `opening` tokens are those of every prompt and are encoded once for all of them, the rest of a prompt once
-    for all its completions, and the head is applied only where a completion token is
-    predicted: at a prompt's last token and at every completion token but the last one, which is never fed back.
-    The policy's own pass gives the old log-probabilities. A backward pass takes two products for each one forward.
-    Nothing else counts: no padding, no recomputation, no elementwise work, no optimizer.
+    for all its completions, and the head is applied only where a completion token is predicted: at a prompt's last
+    token and at every completion token but the last one, which is never fed back. The policy's own pass gives the old
+    log-probabilities. A backward pass takes two products for each one forward. Nothing else counts: no padding, no
+    recomputation, no elementwise work, no optimizer.
     """
     fed = completion_length - 1
     num_prompts = len(prompt_lengths)

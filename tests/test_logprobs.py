@@ -154,10 +154,12 @@ def test_a_mask_that_is_ignored_is_found_out(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_shared_layout_saves_the_prompts() -> None:
     completions = ragged_batch(num_prompts=4, num_generations=3)
-    shared, plain = make_layout(completions, shared=True), make_layout(completions, shared=False)
     prompt_tokens, completion_tokens = completions.prompt_mask.sum(), completions.completion_mask.sum()
-    assert (shared.segments >= 0).sum() == prompt_tokens + completion_tokens
-    assert (plain.segments >= 0).sum() == 3 * prompt_tokens + completion_tokens
+    num_completions = (completions.num_tokens > 0).sum()
+    for with_last, num_left_out in ((True, 0), (False, num_completions)):
+        shared, plain = (make_layout(completions, shared=s, with_last=with_last) for s in (True, False))
+        assert (shared.segments >= 0).sum() == prompt_tokens + completion_tokens - num_left_out
+        assert (plain.segments >= 0).sum() == 3 * prompt_tokens + completion_tokens - num_left_out
 
 
 @pytest.mark.parametrize("shared", [True, False])

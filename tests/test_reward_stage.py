@@ -123,7 +123,7 @@ def stage_scores(backbone: RewardBackbone, data: Comparisons) -> Tensor:
     """(N, K) as the stage computes them."""
     batch = data.closed.batch(range(len(data)))
     with torch.no_grad():
-        return backbone.rewards(make_layout(batch.completions, shared=backbone.shared))
+        return backbone.rewards(make_layout(batch.completions, shared=backbone.shared, with_last=True))
 
 
 def transformers_scores(folder: Path, texts: list[str], *, special: bool, tokenizer: Any = None) -> list[float]:
@@ -296,7 +296,7 @@ def test_a_completion_of_one_token_is_read_at_its_own_token(tiny_tokenizer: Any)
         prompt, prompt > 0, ids, ids > 0, torch.zeros(ids.shape), torch.zeros(1, 3, dtype=torch.bool), 0
     )
     with torch.no_grad():
-        got = backbone.rewards(make_layout(sampled, shared=True))[0]
+        got = backbone.rewards(make_layout(sampled, shared=True, with_last=True))[0]
         wanted = [
             backbone.model(torch.tensor([row])).logits[0, 0] for row in ([20, 21, 1], [20, 21, 30, 1], [20, 21, 1])
         ]

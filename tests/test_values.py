@@ -214,7 +214,7 @@ def test_the_head_computes_in_float32_over_bfloat16(tiny_tokenizer: Any) -> None
     hidden = policy.scorer.hidden(layout)
     assert hidden.dtype == torch.bfloat16
     assert scores.values is not None
-    assert torch.equal(scores.values[layout.mask], nn.functional.linear(hidden.float(), policy.value.weight)[:, 0])
+    torch.testing.assert_close(scores.values[layout.mask], hidden.float() @ policy.value.weight[0])
     scores.values.square().sum().backward()
     assert policy.value.weight.grad is not None
     assert policy.value.weight.grad.dtype == torch.float32
@@ -491,9 +491,9 @@ def test_a_completion_beyond_the_networks_positions() -> None:
     def values(length: int) -> Tensor:
         return network.values(scorer.layout(some_completions(num_prompts=1, num_generations=length, length=length)))
 
-    assert values(8).shape == (1, 8, 8)
-    with pytest.raises(PairtuneError, match="has 13 tokens and 'small' has 12 positions; lower max_prompt_length"):
-        values(9)
+    assert values(9).shape == (1, 9, 9)
+    with pytest.raises(PairtuneError, match=r"has 14 tokens and 'small' has 12 positions, .* lower max_prompt_length"):
+        values(10)
 
 
 @pytest.mark.parametrize("damage", ["no/such-model", "tokenizer gone", "weights cut short"])

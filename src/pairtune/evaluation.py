@@ -261,8 +261,7 @@ def load_pair(config: EvaluateConfig, tokenizer: Any) -> LoadedPolicy:
             f"ref_model: {config.ref_model!r} has a vocabulary of {sizes[1]} tokens and {config.model!r} one of "
             f"{sizes[0]}; a KL needs two models of one vocabulary."
         )
-    shared = can_share_prefix(model) and can_share_prefix(other)
-    opening = shared and can_share_opening(model) and can_share_opening(other)
+    shared, opening = (all(map(can, (model, other))) for can in (can_share_prefix, can_share_opening))
     return LoadedPolicy(
         model=model,
         tokenizer=tokenizer,

@@ -423,8 +423,7 @@ class ModelJudge:
         self.markers = role_markers(tokenizer)
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         self.pad_token_id: int = tokenizer.pad_token_id
-        shared = can_share_prefix(model)
-        self.scorer = Scorer(model, shared=shared, opening=shared and can_share_opening(model))
+        self.scorer = Scorer(model, shared=can_share_prefix(model), opening=can_share_opening(model))
 
     def check(self, example: Pair) -> None:
         """Nothing to do: the model is loaded."""

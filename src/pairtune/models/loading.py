@@ -381,7 +381,7 @@ def load_policy(
     value: ValueFunction | None = None
     shared = can_share_prefix(model)
     # Layers that compute their activations again keep no cache.
-    opening = shared and not gradient_checkpointing and can_share_opening(model)
+    opening = not gradient_checkpointing and can_share_opening(model)
     if with_values and value_model is None:
         value = _value_head(model)
         notes.append("values come from a linear head on the policy")
@@ -396,7 +396,7 @@ def load_policy(
         )
         # One layout for both: a second one would have widths, and so roundings, of its own.
         shared = shared and can_share_prefix(value.model)
-        opening = opening and shared and can_share_opening(value.model)
+        opening = opening and can_share_opening(value.model)
         size = sum(p.numel() for _, p in value.named_parameters())
         notes.append(f"values come from a network of their own, {size / 1e6:.1f}M parameters, all trained")
     if with_reference:

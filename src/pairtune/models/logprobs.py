@@ -7,7 +7,7 @@ prompt and one completion. Either way padding is squeezed out of the middle of a
 the whole batch, so that however the batch is cut into micro-batches the same arithmetic is done.
 
 A `Scorer` turns a layout into log-probabilities, and into values in the same pass. The vocabulary is met in chunks of
-tokens: no tensor of all tokens by the whole vocabulary is ever kept, in the forward pass or in the backward pass.
+tokens, in the forward pass and in the backward pass: no tensor of more tokens by the whole vocabulary is ever made.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Layout:
 
     def at_end(self, states: Tensor) -> Tensor:
         """(P, K, H) of the hidden states (R, W, H): those AT the last token of each completion, where a reward model
-        reads its score. Meaningless for a completion without tokens."""
+        reads its score. Meaningless for a completion without tokens, and in a layout made without `with_last`."""
         # The last column of its segment, which is k + 1 for the k-th completion of a shared row and 1 in a row of its
         # own. Not `source` + 1: the first token of a completion need not stand behind the token that predicts it.
         num_generations = self.mask.shape[1]
@@ -129,12 +129,15 @@ class Layout:
         return empty.masked_scatter(self.mask, tokens)
 
 
-def make_layout(completions: Completions, *, shared: bool, opening: bool = False) -> Layout:
+def make_layout(completions: Completions, *, shared: bool, opening: bool = False, with_last: bool = False) -> Layout:
     """The layout of a batch of completions: prompt once with its K completions behind it (shared), or one row for
     each. `opening`: what all prompts begin with is computed once for all rows, if they are shared and it repays that.
+    `with_last`: the last token of each completion stands there too, which predicts no other (`Layout.at_end`).
     """
     prompt_ids, prompt_mask = completions.prompt_ids, completions.prompt_mask
     completion_ids, completion_mask = completions.completion_ids, completions.completion_mask
+    if not with_last:
+        completion_mask = F.pad(completion_mask[:, :, 1:], (0, 1))
     num_prompts, num_generations, length = completion_ids.shape
     if not shared:
         prompt_ids = prompt_ids.repeat_interleave(num_generations, 0)
@@ -170,7 +173,6 @@ def make_layout(completions: Completions, *, shared: bool, opening: bool = False
     before = prompt_width - 1 + torch.arange(per_row * length, device=device).view(per_row, length)
     before[:, 0] = prompt_width - 1
     source = column_of[:, before.flatten()].view(num_prompts, num_generations, length)
-    sharing = shared and opening
     return Layout(
         input_ids=ids.gather(1, kept),
         position_ids=positions.gather(1, kept).masked_fill(~still_real, 0),
@@ -179,7 +181,7 @@ def make_layout(completions: Completions, *, shared: bool, opening: bool = False
         targets=completions.completion_ids,
         mask=completions.completion_mask,
         shared=shared,
-        opening=opening_length(prompt_ids, prompt_mask, num_tokens=int(real.sum())) if sharing else 0,
+        opening=opening_length(prompt_ids, prompt_mask, num_tokens=int(real.sum())) if shared and opening else 0,
     )
 
 
@@ -321,9 +323,8 @@ def chunked_logprobs(
     divided by `temperature`.
 
     The memory above the inputs is that of a few chunks of logits and of the head's own gradient; where a single chunk
-    holds all tokens, it is kept for the backward pass. `weight_grad` (V, H),
-    a gradient that is there already, takes even that away: the backward pass adds to it in place and hands autograd
-    none.
+    holds all tokens, it is kept for the backward pass. `weight_grad` (V, H), a gradient that is there already, takes
+    the head's away: the backward pass adds to it in place and hands autograd none.
     """
     if chunk is None:
         chunk = chunk_tokens(weight.shape[0], weight.device)
@@ -646,8 +647,10 @@ def can_share_prefix(model: Any) -> bool:
 def can_share_opening(model: Any) -> bool:
     """Whether what all prompts begin with may go through the decoder once for all of them, in the shared layout.
 
-    Found out on the model itself, one that `can_share_prefix`: it must give the hidden states that it gives without.
+    Found out on the model itself: it must share prefixes, and give the hidden states that it gives without an opening.
     """
+    if not can_share_prefix(model):
+        return False
     decoder = body(model)
     ids = probe_ids(decoder, (2, 13))
     prompt, completions = ids[:, :5], ids[:, 5:].view(2, 2, 4)

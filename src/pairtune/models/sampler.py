@@ -373,7 +373,7 @@ class _TokenBuffer:
     def append(self, states: Tensor) -> Tensor:
         """Takes in new tokens; returns what they attend to, themselves included."""
         if self.stop + states.shape[2] > self.buffer.shape[2]:
-            self.repeat(1, room=self.room + states.shape[2])
+            self.repeat(1, more=states.shape[2])
         start, self.stop = self.start, self.stop + states.shape[2]
         attended = self.buffer[: self.rows, :, start : self.stop]
         attended[:, :, -states.shape[2] :] = states
@@ -386,12 +386,11 @@ class _TokenBuffer:
         self.buffer[to, :, kept] = self.buffer[indices[to], :, kept]
         self.rows = len(indices)
 
-    def repeat(self, repeats: int, room: int | None = None) -> None:
-        """Each row so many times, in a new buffer with room for more tokens; tokens out of the window stay behind."""
-        room = self.room if room is None else room
+    def repeat(self, repeats: int, more: int = 0) -> None:
+        """Each row so many times, in a new buffer with room, and `more`; tokens out of the window stay behind."""
         kept = self.view
         rows, heads, tokens, size = kept.shape
-        self.buffer = kept.new_empty(rows * repeats, heads, tokens + room, size)
+        self.buffer = kept.new_empty(rows * repeats, heads, tokens + self.room + more, size)
         self.buffer.unflatten(0, (rows, repeats))[..., :tokens, :] = kept[:, None]
         self.rows, self.stop = rows * repeats, tokens
 

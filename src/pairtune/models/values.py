@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pairtune.errors import PairtuneError
@@ -38,7 +37,7 @@ class ValueHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias).squeeze(-1)
+        return _dot(hidden.to(self.weight.dtype), self.weight, self.bias)
 
 
 class ValueNetwork:
@@ -80,14 +79,21 @@ class ValueNetwork:
         longest = int(layout.position_ids.max()) + 1
         if limit is not None and longest > limit:
             raise PairtuneError(
-                f"value_model: a prompt with its completion has {longest} tokens and {self.name!r} has {limit} "
-                "positions; lower max_prompt_length or max_completion_length."
+                f"value_model: a prompt with its completion has {longest + 1} tokens and {self.name!r} has {limit} "
+                "positions, one for each but the last; lower max_prompt_length or max_completion_length."
             )
         hidden = layout.predicting(run_decoder(body(self.model), layout, {"input_ids": layout.input_ids}))
         # The last product in float32, for the sake of bfloat16: see ValueHead.
         dtype, head = torch.promote_types(hidden.dtype, torch.float32), self.model.score
         bias = None if head.bias is None else head.bias.to(dtype)
-        return layout.spread(F.linear(hidden.to(dtype), head.weight.to(dtype), bias).squeeze(-1))
+        return layout.spread(_dot(hidden.to(dtype), head.weight.to(dtype), bias))
+
+
+def _dot(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(n,) of hidden (n, H), weight (1, H) and bias (1,). Not as a matrix product, which rounds a row otherwise when
+    others stand beside it: a value does not hang on the micro-batch it is computed in."""
+    products = (hidden * weight).sum(-1)
+    return products if bias is None else products + bias
 
 
 ValueFunction = ValueHead | ValueNetwork

@@ -268,7 +268,7 @@ class RewardTask:
         """What the model reads of rows, what its frozen layers are known to make of it, and which completions there
         are (P, K)."""
         batch = comparisons.closed.batch(rows, device=self.device)
-        layout = make_layout(batch.completions, shared=self.backbone.shared)
+        layout = make_layout(batch.completions, shared=self.backbone.shared, with_last=True)
         cache = self._caches.get(id(comparisons))
         return layout, None if cache is None else cache.features(rows, layout), batch.reward_mask
 
@@ -277,7 +277,7 @@ class RewardTask:
         data, shared = comparisons.closed, self.backbone.shared
 
         def layout_of(row: int) -> Layout:
-            return make_layout(data.batch([row], device=self.device).completions, shared=shared)
+            return make_layout(data.batch([row], device=self.device).completions, shared=shared, with_last=True)
 
         prompts_read = 1 if shared else data.num_completions
         num_tokens = [
