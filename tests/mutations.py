@@ -497,6 +497,20 @@ MUTATIONS = [
         TEST_LOGPROBS + "logprobs_equal_a_plain_forward_pass[True-2-llama]",
     ),
     Mutation(
+        "rows that leave out two tokens of a completion",
+        LOGPROBS,
+        "F.pad(completion_mask[:, :, 1:], (0, 1))",
+        "F.pad(completion_mask[:, :, 2:], (0, 2))",
+        TEST_LOGPROBS + "logprobs_equal_a_plain_forward_pass[True-2-llama]",
+    ),
+    Mutation(
+        "a reward model that reads at the last token but one",
+        "stages/reward.py",
+        "layout = make_layout(batch.completions, shared=self.backbone.shared, with_last=True)",
+        "layout = make_layout(batch.completions, shared=self.backbone.shared)",
+        "test_reward_stage.py::test_the_score_of_a_completion_is_one_number_everywhere[plain-full]",
+    ),
+    Mutation(
         "an opening without a gradient",
         LOGPROBS,
         "    opening = states(slice(0, 1), slice(0, layout.opening))\n",
