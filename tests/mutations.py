@@ -508,7 +508,7 @@ MUTATIONS = [
         "stages/reward.py",
         "layout = make_layout(batch.completions, shared=self.backbone.shared, with_last=True)",
         "layout = make_layout(batch.completions, shared=self.backbone.shared)",
-        "test_reward_stage.py::test_the_score_of_a_completion_is_one_number_everywhere[plain-full]",
+        "test_reward_stage.py::test_the_gradient_is_that_of_a_plain_loop[pairs]",
     ),
     Mutation(
         "an opening without a gradient",
