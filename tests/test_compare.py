@@ -819,7 +819,14 @@ def command(folder: Path, **words: Any) -> list[str]:
 
 
 def start(*args: Any, **words: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(command(*args, **words), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # With Ctrl-C as at a terminal: where tests run in a shell's background, they and what they start ignore it.
+    return subprocess.Popen(
+        command(*args, **words),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 LONG: dict[str, Any] = {**TWO, "budget": {"completions": 144}, "axes": {"beta": [0.1, 0.5]}, "seeds": [0]}
