@@ -42,7 +42,7 @@ from pairtune.models.loading import (
     load_tokenizer,
     refuse_other_heads,
 )
-from pairtune.models.logprobs import Scorer, can_share_opening, can_share_prefix, causal_lm, divergence
+from pairtune.models.logprobs import Scorer, causal_lm, divergence, sharing
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler, Sampler
 from pairtune.models.weights import resolve_model
 from pairtune.runs.display import evaluation_summary, make_console, progress
@@ -261,7 +261,7 @@ def load_pair(config: EvaluateConfig, tokenizer: Any) -> LoadedPolicy:
             f"ref_model: {config.ref_model!r} has a vocabulary of {sizes[1]} tokens and {config.model!r} one of "
             f"{sizes[0]}; a KL needs two models of one vocabulary."
         )
-    shared, opening = (all(map(can, (model, other))) for can in (can_share_prefix, can_share_opening))
+    shared, opening = sharing(model) if other is model else sharing(model, other)
     return LoadedPolicy(
         model=model,
         tokenizer=tokenizer,

@@ -47,7 +47,7 @@ from pairtune.experience import decode, sampling_params
 from pairtune.feedback.judges import EndpointJudge, Judge, Judgement, Pair, Verdict, judge_pairs, load_judge
 from pairtune.maths.statistics import Estimate
 from pairtune.models.loading import choose_device, choose_dtype, eos_ids, load_causal_lm, load_tokenizer
-from pairtune.models.logprobs import can_share_opening
+from pairtune.models.logprobs import sharing
 from pairtune.models.sampler import EVALUATION_STREAM, HFSampler
 from pairtune.models.weights import resolve_model
 from pairtune.runs.display import clean, counted, make_console, progress
@@ -345,7 +345,7 @@ def _sampled(side: Side, wanted: RawPrompts, config: JudgeConfig) -> Side:
         tokenizer,
         eos_token_ids=eos_ids(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
-        opening=can_share_opening(model),
+        opening=sharing(model)[1],
     )
     side = replace(side, completions=[{}])
     per_batch = max(1, EVALUATION_BATCH // config.eval_generations)

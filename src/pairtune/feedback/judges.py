@@ -28,7 +28,7 @@ from pairtune.feedback.preferences import check_preference_function, preference_
 from pairtune.feedback.reward_model import RewardModel
 from pairtune.feedback.rewards import RewardSet, load_reward_function
 from pairtune.models.loading import choose_device, choose_dtype, eos_ids, load_causal_lm, load_tokenizer
-from pairtune.models.logprobs import Scorer, can_share_opening, can_share_prefix
+from pairtune.models.logprobs import Scorer, sharing
 from pairtune.models.sampler import HFSampler, SamplingParams
 from pairtune.models.weights import resolve_model
 from pairtune.runs import distributed
@@ -423,7 +423,8 @@ class ModelJudge:
         self.markers = role_markers(tokenizer)
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31
         self.pad_token_id: int = tokenizer.pad_token_id
-        self.scorer = Scorer(model, shared=can_share_prefix(model), opening=can_share_opening(model))
+        shared, opening = sharing(model)
+        self.scorer = Scorer(model, shared=shared, opening=opening)
 
     def check(self, example: Pair) -> None:
         """Nothing to do: the model is loaded."""

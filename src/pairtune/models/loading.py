@@ -27,14 +27,13 @@ from pairtune.models.logprobs import (
     Scorer,
     TokenScores,
     body,
-    can_share_opening,
-    can_share_prefix,
     can_split,
     causal_lm,
     check_head,
     decoder_layers,
     frozen_top,
     probe_ids,
+    sharing,
 )
 from pairtune.models.values import ValueFunction, ValueHead, ValueNetwork
 from pairtune.models.weights import resolve_model
@@ -379,9 +378,6 @@ def load_policy(
         torch_dtype = next(model.parameters()).dtype
     refuse_other_heads(model)
     value: ValueFunction | None = None
-    shared = can_share_prefix(model)
-    # Layers that compute their activations again keep no cache.
-    opening = not gradient_checkpointing and can_share_opening(model)
     if with_values and value_model is None:
         value = _value_head(model)
         notes.append("values come from a linear head on the policy")
@@ -394,11 +390,12 @@ def load_policy(
             gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code,
         )
-        # One layout for both: a second one would have widths, and so roundings, of its own.
-        shared = shared and can_share_prefix(value.model)
-        opening = opening and can_share_opening(value.model)
         size = sum(p.numel() for _, p in value.named_parameters())
         notes.append(f"values come from a network of their own, {size / 1e6:.1f}M parameters, all trained")
+    # One layout for policy and value network: a second one would have widths, and so roundings, of its own. Layers that
+    # compute their activations again keep no cache, and so have no opening.
+    networks = [value.model] if isinstance(value, ValueNetwork) else []
+    shared, opening = sharing(model, *networks, opening=not gradient_checkpointing)
     if with_reference:
         once = "what prompts begin with is encoded once for a batch, " if opening else ""
         notes.append(

@@ -315,7 +315,7 @@ def chunked_logprobs(
     with_entropy: bool = False,
     weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of tokens under a linear head, without ever holding all tokens by the whole vocabulary.
+    """Log-probabilities of tokens under a linear head, in chunks of tokens by the whole vocabulary.
 
     hidden (n, H), weight (V, H), targets (n,) int64, bias (V,) or None -> log-probabilities (n,) in nats,
     differentiable by hidden, weight and bias, and entropies (n,) in nats, not differentiable (zeros unless
@@ -617,6 +617,13 @@ def _narrow_windows(config: Any) -> Iterator[None]:
             setattr(config, name, size)
 
 
+def sharing(*models: Any, opening: bool = True) -> tuple[bool, bool]:
+    """What a layout for all of these models may hold once: a prompt for its completions; what all prompts begin with
+    (never, where `opening` is not wanted)."""
+    shared = all(map(can_share_prefix, models))
+    return shared, opening and shared and all(map(can_share_opening, models))
+
+
 @torch.no_grad()
 def can_share_prefix(model: Any) -> bool:
     """Whether a prompt may stand once before its K completions.
@@ -647,10 +654,8 @@ def can_share_prefix(model: Any) -> bool:
 def can_share_opening(model: Any) -> bool:
     """Whether what all prompts begin with may go through the decoder once for all of them, in the shared layout.
 
-    Found out on the model itself: it must share prefixes, and give the hidden states that it gives without an opening.
+    Found out on the model itself, one that `can_share_prefix`: it must give the hidden states that it gives without.
     """
-    if not can_share_prefix(model):
-        return False
     decoder = body(model)
     ids = probe_ids(decoder, (2, 13))
     prompt, completions = ids[:, :5], ids[:, 5:].view(2, 2, 4)

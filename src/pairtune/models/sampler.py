@@ -88,7 +88,7 @@ class HFSampler:
     tokenizer: read for stop strings only.
     eos_token_ids: any of them ends a completion and stays in it.
     pad_token_id: what `completion_ids` holds where masked.
-    opening: whether what all prompts begin with may be encoded once (`can_share_opening` tells).
+    opening: whether what all prompts begin with may be encoded once (`sharing` tells).
     """
 
     def __init__(
